@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package map and the ops that can be built ahead of time. Metadata is in pyproject.toml."""
+
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# PEP 517 front ends do not put the project folder on sys.path.
+sys.path.insert(0, str(Path(__file__).parent))
+from op_builder.prebuild import BuildOps, requested_extensions  # noqa: E402
+
+setup(
+    packages=[
+        *find_packages(include=["deepspeed_ds4sci", "deepspeed_ds4sci.*"]),
+        "deepspeed_ds4sci.op_builder",
+        "deepspeed_ds4sci.csrc",
+    ],
+    # The two source folders keep their place at the root and become subpackages: a top-level `op_builder`
+    # in site-packages would be mistaken for DeepSpeed's.
+    package_dir={"deepspeed_ds4sci.op_builder": "op_builder", "deepspeed_ds4sci.csrc": "csrc"},
+    package_data={"deepspeed_ds4sci.csrc": ["**/*.h", "**/*.cuh", "**/*.cu"]},
+    ext_modules=requested_extensions(),
+    cmdclass={"build_ext": BuildOps},
+)
