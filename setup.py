@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 
 # PEP 517 front ends do not put the project folder on sys.path.
 sys.path.insert(0, str(Path(__file__).parent))
-from op_builder.prebuild import BuildOps, requested_extensions  # noqa: E402
+from op_builder.prebuild import BuildOps, requested_extensions
 
 setup(
     packages=[

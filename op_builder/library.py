@@ -21,7 +21,9 @@ def csrc_dir():
     # deepspeed_ds4sci/op_builder -> deepspeed_ds4sci/csrc, and op_builder -> csrc: the same relation in both layouts.
     candidate = here.parent / "csrc"
     if not candidate.is_dir():
-        raise FileNotFoundError(f"the CUDA sources are missing: expected the folder {candidate}; reinstall the package")
+        raise FileNotFoundError(
+            f"the CUDA sources are missing: expected the folder {candidate}; reinstall the package"
+        )
     return candidate
 
 
