@@ -8,7 +8,7 @@ cheap. Public names are resolved on first access. The import also registers the 
 
 import importlib
 
-from deepspeed_ds4sci import _autoload, _logging
+from deepspeed_ds4sci import _autoload
 
 _PUBLIC = {
     "__version__": "deepspeed_ds4sci._version",
@@ -27,6 +27,9 @@ def __getattr__(name):
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from deepspeed_ds4sci import _logging
+
+    _logging.attach_handler()
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value  # the next access is a plain attribute
     return value
@@ -36,5 +39,4 @@ def __dir__():
     return sorted({*globals(), *__all__})
 
 
-_logging.attach_handler()
 _autoload.register()

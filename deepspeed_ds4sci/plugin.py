@@ -17,7 +17,7 @@ import importlib
 import logging
 import sys
 
-from deepspeed_ds4sci import _autoload
+from deepspeed_ds4sci import _autoload, _logging
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ def enable():
         return
     if _state.enabled:
         return
+    _logging.attach_handler()
+    _autoload.unregister()
     _state.enabled = True
     sys.meta_path.insert(0, _finder)
     _apply_to_imported()
@@ -61,6 +63,7 @@ def disable():
 
     Functions that were imported from `deepspeed.ops.deepspeed4science` before hand their calls on to DeepSpeed's.
     """
+    _autoload.unregister()
     if not _state.enabled:
         return
     _state.enabled = False
@@ -338,21 +341,23 @@ def _apply_to_imported():
             _run_hook(name, sys.modules[name])
 
 
-class _Finder:
-    """First on sys.meta_path: lets the others find a hooked module and wraps its loader."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name not in HOOKS:
-            return None
-        for finder in sys.meta_path:
-            if finder is not _finder and hasattr(finder, "find_spec"):
-                spec = finder.find_spec(name, path, target)
-                if spec is not None:
-                    if spec.loader is not None:
-                        spec.loader = _HookedLoader(spec.loader)
-                    return spec
+def find_spec(name, path=None, target=None):
+    """Lets the other finders find a hooked module and wraps its loader; None for any other module."""
+    if name not in HOOKS:
         return None
+    for finder in sys.meta_path:
+        spec = None if finder is _finder else finder.find_spec(name, path, target)
+        if spec is not None:
+            if spec.loader is not None:
+                spec.loader = _HookedLoader(spec.loader)
+            return spec
+    return None
+
+
+class _Finder:
+    """First on sys.meta_path while the hooks are on."""
+
+    find_spec = staticmethod(find_spec)
 
 
 class _HookedLoader:

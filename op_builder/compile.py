@@ -220,7 +220,7 @@ def read_build_info(path):
     """What a library was built from, read from the file without loading it.
 
     Returns:
-        dict with "sources" (see source_digest), "targets" (list of str) and "nvcc"; None if the file is something else.
+        dict with "sources" (see source_digest), "targets" (list of str) and "nvcc"; None if it is another file.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

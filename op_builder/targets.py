@@ -107,7 +107,6 @@ def requested_targets(capabilities=(), min_capability=(8, 0)):
     targets = sorted({target_for(capability) for capability in capabilities if capability >= min_capability})
     if not targets:
         raise ValueError(
-            "no architecture to compile for: TORCH_CUDA_ARCH_LIST is not set (for example to 9.0a) and no suitable GPU "
-            "is visible"
+            "no architecture to compile for: TORCH_CUDA_ARCH_LIST is not set (for example to 9.0a) and no GPU fits"
         )
     return targets
