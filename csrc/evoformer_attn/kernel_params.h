@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// What kernels receive: the caller's parameters plus the prepared operands in the workspace, and the work-item order.
+#pragma once
+#include "device.h"
+#include "params.h"
+
+namespace ds4sci {
+
+// Lengths in the workspace are padded to this, so that every tile of every kernel may read whole.
+constexpr int kLengthPadding = 128;
+
+struct KernelParams : EvoformerParams {
+    float* mask_log2;     // [mask_batch, mask_rows, k_len_padded]: (mask - row max) * log2(e); -inf: dropped; null: no mask
+    float* pair_ref;      // [pair_batch, pair_heads, q_len_padded]: row max of the pair bias * log2(e); null: no pair bias
+    float2* row_stats;    // backward: [B, N, H, q_len_padded] of {lse * log2(e), delta}; {+inf, 0} where P must be 0
+    int32_t q_len_padded, k_len_padded;
+    int32_t num_groups, rows_per_group;  // rows of one group share a pair bias: N rows of a sample, or all B * N rows
+
+    DS4SCI_HOST_DEVICE bool pair_is_fp32() const { return pair_dtype == kFloat32; }
+    DS4SCI_HOST_DEVICE int pair_element_bytes() const { return pair_bias == nullptr ? 0 : pair_is_fp32() ? 4 : 2; }
+};
+
+// Position of one thread block: which tile of which rows. Tiles run fastest, then row blocks, then heads, so that blocks
+// that run together share one head's bias in L2.
+struct WorkItem {
+    int tile, row_block, head, group;
+};
+
+DS4SCI_DEVICE WorkItem decode_work_item(uint32_t block, int num_tiles, int num_row_blocks, int heads) {
+    WorkItem item;
+    item.tile = static_cast<int>(block % num_tiles);
+    block /= num_tiles;
+    item.row_block = static_cast<int>(block % num_row_blocks);
+    block /= num_row_blocks;
+    item.head = static_cast<int>(block % heads);
+    item.group = static_cast<int>(block / heads);
+    return item;
+}
+
+// One row (b, n) of the problem: where its tensors begin.
+struct RowLocation {
+    int b, n;
+    bool valid;
+
+    DS4SCI_DEVICE static RowLocation of(const KernelParams& p, int group, int row_in_group) {
+        RowLocation location;
+        location.valid = row_in_group < p.rows_per_group;
+        const int row = group * p.rows_per_group + (location.valid ? row_in_group : 0);
+        location.b = row / p.rows;
+        location.n = row % p.rows;
+        return location;
+    }
+    template <typename T>
+    DS4SCI_DEVICE const T* in(const void* base, const RowStrides& stride, int head) const {
+        return static_cast<const T*>(base) + b * stride.b + n * stride.n + head * stride.h;
+    }
+    // Contiguous [B, N, length, H, D] output.
+    template <typename T>
+    DS4SCI_DEVICE T* out(const KernelParams& p, void* base, int length, int head) const {
+        return static_cast<T*>(base) + ((flat(p) * length) * p.heads + head) * p.head_dim;
+    }
+    // Index of [B, N, H] for this row and head.
+    DS4SCI_DEVICE int64_t head_row(const KernelParams& p, int head) const { return flat(p) * p.heads + head; }
+    DS4SCI_DEVICE const float* mask(const KernelParams& p) const {
+        const int64_t row = (p.mask_batch == 1 ? 0 : b) * static_cast<int64_t>(p.mask_rows) + (p.mask_rows == 1 ? 0 : n);
+        return p.mask_log2 + row * p.k_len_padded;
+    }
+
+   private:
+    DS4SCI_DEVICE int64_t flat(const KernelParams& p) const { return static_cast<int64_t>(b) * p.rows + n; }
+};
+
+// Offsets of the pair bias and its row reference for one (group, head).
+DS4SCI_DEVICE int64_t pair_offset(const KernelParams& p, int group, int head) {
+    return (p.pair_batch == 1 ? 0 : group) * p.pair_stride_b + (p.pair_heads == 1 ? 0 : head) * p.pair_stride_h;
+}
+DS4SCI_DEVICE const float* pair_ref(const KernelParams& p, int group, int head) {
+    const int64_t row = (p.pair_batch == 1 ? 0 : group) * static_cast<int64_t>(p.pair_heads) + (p.pair_heads == 1 ? 0 : head);
+    return p.pair_ref + row * p.q_len_padded;
+}
+
+}  // namespace ds4sci

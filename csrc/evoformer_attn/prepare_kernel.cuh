@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// One launch before the main kernels. Its blocks do one of three small things, by block number:
+//   pair rows   pair_ref  = row max of the pair bias, in log2 units
+//   mask rows   mask_log2 = (mask - row max) * log2(e), fp32, padded with -inf
+//   vectors     row_stats = {lse * log2(e), delta = rowsum(dO * O)}, padded with {+inf, 0}      (backward)
+// Softmax is invariant to a constant per row, so subtracting the row maxima is exact. It keeps rows whose every key carries
+// a large negative bias (-1e9) exact as well: in fp32, -1e9 + logit would lose the logit.
+#pragma once
+#include <cfloat>
+#include <cmath>
+
+#include "kernel_params.h"
+
+namespace ds4sci {
+
+constexpr int kPrepareThreads = 256;
+constexpr int kPrepareWarps = kPrepareThreads / 32;
+constexpr int kLanesPerVector = 4;  // delta: four lanes share one [D] vector, 64 contiguous bytes of 16-bit elements
+constexpr int kVectorsPerBlock = kPrepareThreads / kLanesPerVector;
+
+struct PrepareBlocks {
+    int64_t pair, mask, vectors;
+
+    DS4SCI_HOST_DEVICE static PrepareBlocks of(const KernelParams& p) {
+        PrepareBlocks blocks{0, 0, 0};
+        if (p.pair_ref != nullptr) {
+            blocks.pair = ceil_div<int64_t>(static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded, kPrepareWarps);
+        }
+        if (p.mask_log2 != nullptr) {
+            blocks.mask = ceil_div<int64_t>(static_cast<int64_t>(p.mask_batch) * p.mask_rows, kPrepareWarps);
+        }
+        if (p.row_stats != nullptr) {
+            const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.q_len_padded * p.heads;
+            blocks.vectors = ceil_div<int64_t>(vectors, kVectorsPerBlock);
+        }
+        return blocks;
+    }
+};
+
+DS4SCI_DEVICE float warp_max(float x) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1) x = fmaxf(x, shfl_xor(x, mask));
+    return x;
+}
+
+template <typename T>
+DS4SCI_DEVICE float load_element(const void* base, int64_t index, int32_t dtype) {
+    if (dtype == kFloat32) return static_cast<const float*>(base)[index];
+    if (dtype == kBool) return static_cast<const uint8_t*>(base)[index] != 0 ? 0.f : -INFINITY;
+    return to_float(static_cast<const T*>(base)[index]);
+}
+
+template <typename T>
+DS4SCI_DEVICE void prepare_pair_row(const KernelParams& p, int64_t row, int lane) {
+    if (row >= static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded) return;
+    const int q = static_cast<int>(row % p.q_len_padded);
+    const int64_t head_row = row / p.q_len_padded;
+    float maximum = -INFINITY;
+    if (q < p.q_len) {
+        const int64_t offset =
+            head_row / p.pair_heads * p.pair_stride_b + head_row % p.pair_heads * p.pair_stride_h + q * p.pair_stride_q;
+        for (int key = lane; key < p.k_len; key += 32) maximum = fmaxf(maximum, load_element<T>(p.pair_bias, offset + key, p.pair_dtype));
+    }
+    maximum = warp_max(maximum);
+    // Any finite reference is right; this one must not overflow when scaled.
+    const float reference = maximum == -INFINITY ? 0.f : fmaxf(maximum, -2e38f) * kLog2E;
+    if (lane == 0) p.pair_ref[row] = reference;
+}
+
+template <typename T>
+DS4SCI_DEVICE void prepare_mask_row(const KernelParams& p, int64_t row, int lane) {
+    if (row >= static_cast<int64_t>(p.mask_batch) * p.mask_rows) return;
+    const int64_t offset = row / p.mask_rows * p.mask_stride_b + row % p.mask_rows * p.mask_stride_n;
+    float maximum = -INFINITY;
+    for (int key = lane; key < p.k_len; key += 32) {
+        maximum = fmaxf(maximum, load_element<T>(p.mask_bias, offset + key * p.mask_stride_k, p.mask_dtype));
+    }
+    maximum = warp_max(maximum);
+    if (maximum == -INFINITY) maximum = 0.f;
+    for (int key = lane; key < p.k_len_padded; key += 32) {
+        float value = -INFINITY;
+        if (key < p.k_len) value = (load_element<T>(p.mask_bias, offset + key * p.mask_stride_k, p.mask_dtype) - maximum) * kLog2E;
+        p.mask_log2[row * p.k_len_padded + key] = value;
+    }
+}
+
+template <typename T>
+DS4SCI_DEVICE float dot_chunk(const uint4& a, const uint4& b) {
+    const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 u = unpack2<T>(x[i]), w = unpack2<T>(y[i]);
+        sum = fmaf(u.x, w.x, fmaf(u.y, w.y, sum));
+    }
+    return sum;
+}
+template <>
+DS4SCI_DEVICE float dot_chunk<float>(const uint4& a, const uint4& b) {
+    return bits_to_float(a.x) * bits_to_float(b.x) + bits_to_float(a.y) * bits_to_float(b.y) +
+           bits_to_float(a.z) * bits_to_float(b.z) + bits_to_float(a.w) * bits_to_float(b.w);
+}
+
+// `vector` counts [B, N, q_len_padded, H]: neighbouring lanes read neighbouring heads, which are neighbours in memory.
+template <typename T>
+DS4SCI_DEVICE void prepare_row_stats(const KernelParams& p, int64_t vector, int part) {
+    constexpr int kChunkElements = 16 / sizeof(T);
+    const bool in_range = vector < static_cast<int64_t>(p.batch) * p.rows * p.q_len_padded * p.heads;
+    const int head = static_cast<int>(vector % p.heads);
+    const int64_t position = vector / p.heads;
+    const int q = static_cast<int>(position % p.q_len_padded);
+    const int64_t row = position / p.q_len_padded;
+    float delta = 0.f;
+    if (in_range && q < p.q_len) {
+        const T* o = static_cast<const T*>(p.o) + ((row * p.q_len + q) * p.heads + head) * p.head_dim;
+        const T* d_o = static_cast<const T*>(p.d_o) + row / p.rows * p.d_o_stride.b + row % p.rows * p.d_o_stride.n +
+                       q * p.d_o_stride.l + head * p.d_o_stride.h;
+        for (int d = part * kChunkElements; d < p.head_dim; d += kLanesPerVector * kChunkElements) {
+            delta += dot_chunk<T>(*reinterpret_cast<const uint4*>(o + d), *reinterpret_cast<const uint4*>(d_o + d));
+        }
+    }
+    delta += shfl_xor(delta, 1);
+    delta += shfl_xor(delta, 2);
+    if (!in_range || part != 0) return;
+    float2 stats = make_float2(INFINITY, 0.f);
+    if (q < p.q_len) {
+        const float lse = p.lse[(row * p.heads + head) * p.q_len + q];
+        // A row without keys has lse = -inf; +inf makes its P = exp2(x - lse) zero.
+        stats = make_float2(lse == -INFINITY ? INFINITY : lse * kLog2E, delta);
+    }
+    p.row_stats[(row * p.heads + head) * p.q_len_padded + q] = stats;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ KernelParams p) {
+    const PrepareBlocks blocks = PrepareBlocks::of(p);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int64_t block = blockIdx.x;
+    if (block < blocks.pair) return prepare_pair_row<T>(p, block * kPrepareWarps + warp, lane);
+    block -= blocks.pair;
+    if (block < blocks.mask) return prepare_mask_row<T>(p, block * kPrepareWarps + warp, lane);
+    block -= blocks.mask;
+    prepare_row_stats<T>(p, block * kVectorsPerBlock + threadIdx.x / kLanesPerVector, threadIdx.x % kLanesPerVector);
+}
+
+}  // namespace ds4sci

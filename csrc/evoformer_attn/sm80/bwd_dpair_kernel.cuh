@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// d(pair_bias)[h, q, k] = sum over rows of dS. A block owns a tile of one head's bias, keeps its sum in fp32 registers and runs
+// over its share of the rows in order: no atomics, the same bits in every run. Shares write buffers of their own.
+#pragma once
+#include "bias.h"
+#include "kernel_params.h"
+#include "sm80/tile_config.h"
+#include "tile_mma.h"
+
+namespace ds4sci {
+
+// The bias of one warp's 16 x 8 * kTiles tile straight from global memory: it is read once per block.
+template <typename T, int kTiles>
+DS4SCI_DEVICE void read_global_bias(float (&bias)[kTiles][4], const KernelParams& p, int64_t offset, int q, int key,
+                                    float ref_low, float ref_high) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int query = q + (e >> 1) * 8, column = key + j * 8 + (e & 1);
+            bias[j][e] = 0.f;
+            if (query >= p.q_len || column >= p.k_len) continue;
+            const int64_t index = offset + query * p.pair_stride_q + column;
+            const float value = p.pair_is_fp32() ? static_cast<const float*>(p.pair_bias)[index]
+                                                 : to_float(static_cast<const T*>(p.pair_bias)[index]);
+            bias[j][e] = fmaf(value, kLog2E, -(e >> 1 ? ref_high : ref_low));
+        }
+    }
+}
+
+template <typename T, int kHeadDim, typename Tile>
+__global__ void __launch_bounds__(Tile::kNumThreads, Tile::kMinBlocks)
+evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
+    DS4SCI_DYNAMIC_SMEM(smem_base);
+    using Mma = TileMma<T, kHeadDim>;
+    constexpr int kChunks = Tile::kBlockN / Tile::kChunkN, kTiles = Tile::kChunkN / 8, kThreads = Tile::kNumThreads;
+    const uint32_t smem = smem_address(smem_base);
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int quad = lane >> 2, pair = lane & 3;
+
+    // Key tiles run fastest, then query tiles, heads, groups, shares: blocks that run together read the same rows.
+    uint32_t block = blockIdx.x;
+    const int num_key_tiles = ceil_div(p.k_len, Tile::kBlockN), num_q_tiles = ceil_div(p.q_len, Tile::kBlockM);
+    const int key0 = static_cast<int>(block % num_key_tiles) * Tile::kBlockN;
+    block /= num_key_tiles;
+    const int q0 = static_cast<int>(block % num_q_tiles) * Tile::kBlockM;
+    block /= num_q_tiles;
+    const int head = static_cast<int>(block % p.heads);
+    block /= p.heads;
+    const int group = static_cast<int>(block % p.num_groups), share = static_cast<int>(block / p.num_groups);
+    const int first_row = static_cast<int>(static_cast<int64_t>(p.rows_per_group) * share / p.dpair_splits);
+    const int end_row = static_cast<int>(static_cast<int64_t>(p.rows_per_group) * (share + 1) / p.dpair_splits);
+    const bool has_mask = p.mask_log2 != nullptr;
+
+    auto stage_of = [&](int i) { return smem + (i - first_row) % Tile::kStages * Tile::kStageBytes; };
+    auto load_stage = [&](int i) {
+        const RowLocation row = RowLocation::of(p, group, i);
+        const uint32_t stage = stage_of(i);
+        const T* q = row.in<T>(p.q, p.q_stride, head) + q0 * p.q_stride.l;
+        const T* d_o = row.in<T>(p.d_o, p.d_o_stride, head) + q0 * p.d_o_stride.l;
+        const T* k = row.in<T>(p.k, p.k_stride, head) + key0 * p.k_stride.l;
+        const T* v = row.in<T>(p.v, p.v_stride, head) + key0 * p.v_stride.l;
+        load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage, q, p.q_stride.l, p.q_len - q0, p.head_dim, thread);
+        load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage + Tile::kQueryBytes, d_o, p.d_o_stride.l, p.q_len - q0, p.head_dim,
+                                                        thread);
+        load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(stage + 2 * Tile::kQueryBytes, k, p.k_stride.l, p.k_len - key0,
+                                                        p.head_dim, thread);
+        load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(stage + 2 * Tile::kQueryBytes + Tile::kKeyBytes, v, p.v_stride.l,
+                                                        p.k_len - key0, p.head_dim, thread);
+        if (has_mask) load_vector<Tile::kBlockN, kThreads>(stage + Tile::kMaskOffset, row.mask(p) + key0, thread);
+        const float2* row_stats = p.row_stats + row.head_row(p, head) * p.q_len_padded + q0;
+        load_vector<Tile::kBlockM * 2, kThreads>(stage + Tile::kStatsOffset, reinterpret_cast<const float*>(row_stats), thread);
+    };
+
+    if (first_row < end_row) {
+        load_stage(first_row);
+        cp_async_commit();
+    }
+    const int q = q0 + warp * 16 + quad;
+    const float* refs = pair_ref(p, group, head) + q;
+    const float ref_low = refs[0], ref_high = refs[8];
+    float bias[kChunks][kTiles][4], sum[kChunks][kTiles][4];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+        read_global_bias<T>(bias[c], p, pair_offset(p, group, head), q, key0 + c * Tile::kChunkN + pair * 2, ref_low, ref_high);
+        zero_bias(sum[c]);
+    }
+
+    const float scale_log2 = p.softmax_scale * kLog2E;
+    for (int i = first_row; i < end_row; ++i) {
+        cp_async_wait<0>();
+        block_sync();
+        if (Tile::kStages > 1 && i + 1 < end_row) {
+            load_stage(i + 1);
+            cp_async_commit();
+        }
+        const uint32_t stage = stage_of(i), query = stage + warp * 16 * Tile::kPitch;
+        const uint32_t stats = stage + Tile::kStatsOffset + (warp * 16 + quad) * 8;
+        const float2 stat_low = lds_f32x2(stats), stat_high = lds_f32x2(stats + 64);  // {lse, delta}
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            const uint32_t k = stage + 2 * Tile::kQueryBytes + c * Tile::kChunkN * Tile::kPitch;
+            float s[kTiles][4], dp[kTiles][4];
+            Mma::product_abt(s, query, k, lane);
+            Mma::product_abt(dp, query + Tile::kQueryBytes, k + Tile::kKeyBytes, lane);
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[j][e] = fmaf(s[j][e], scale_log2, bias[c][j][e]);
+            }
+            if (has_mask) add_mask(s, stage + Tile::kMaskOffset + c * Tile::kChunkN * 4, lane);
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const float2 stat = e >> 1 ? stat_high : stat_low;
+                    sum[c][j][e] = fmaf(exp2_approx(s[j][e] - stat.x), dp[j][e] - stat.y, sum[c][j][e]);
+                }
+            }
+        }
+        if (Tile::kStages == 1 && i + 1 < end_row) {
+            block_sync();
+            load_stage(i + 1);
+            cp_async_commit();
+        }
+    }
+
+    const int64_t plane = (static_cast<int64_t>(share) * p.num_groups + group) * p.heads + head;
+    float* out = p.dpair_bias + plane * p.q_len * p.k_len;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int query = q + (e >> 1) * 8, column = key0 + c * Tile::kChunkN + j * 8 + pair * 2 + (e & 1);
+                if (query < p.q_len && column < p.k_len) out[static_cast<int64_t>(query) * p.k_len + column] = sum[c][j][e];
+            }
+        }
+    }
+}
+
+}  // namespace ds4sci

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// dQ = scale * dS K with dS = P * (dO V^T - delta) and P recomputed from lse. A block owns its queries: no atomics.
+#pragma once
+#include "bias.h"
+#include "kernel_params.h"
+#include "sm80/tile_config.h"
+#include "tile_mma.h"
+
+namespace ds4sci {
+
+template <typename T, int kHeadDim, typename Tile>
+__global__ void __launch_bounds__(Tile::kNumThreads, Tile::kMinBlocks)
+evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
+    DS4SCI_DYNAMIC_SMEM(smem_base);
+    using Mma = TileMma<T, kHeadDim>;
+    constexpr int kRows = Tile::kRows, kTiles = Tile::kBlockN / 8, kThreads = Tile::kNumThreads;
+    const uint32_t smem = smem_address(smem_base);
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int quad = lane >> 2;
+
+    const WorkItem item = decode_work_item(blockIdx.x, ceil_div(p.q_len, Tile::kBlockM), ceil_div(p.rows_per_group, kRows), p.heads);
+    const int q0 = item.tile * Tile::kBlockM;
+    const bool has_pair = p.pair_bias != nullptr, has_mask = p.mask_log2 != nullptr;
+    const int64_t pair_base = has_pair ? pair_offset(p, item.group, item.head) : 0;
+    const int pair_bytes = p.pair_element_bytes(), pitch = bias_pitch(Tile::kBlockN, pair_bytes);
+    const int bias_stage_bytes = Tile::bias_bytes(pair_bytes);
+
+    auto row_location = [&](int r) { return RowLocation::of(p, item.group, item.row_block * kRows + r); };
+    auto query_of = [&](int r) { return smem + 2 * r * Tile::kQueryBytes; };  // Q, then dO
+    auto stage_of = [&](int key_tile) { return smem + Tile::kStageOffset + key_tile % Tile::kStages * Tile::kStageBytes; };
+    auto bias_of = [&](int key_tile) { return smem + Tile::kBiasOffset + key_tile % Tile::kStages * bias_stage_bytes; };
+    auto load_stage = [&](int key_tile) {
+        const int key = key_tile * Tile::kBlockN;
+        if (has_pair) load_bias_tile<Tile::kBlockM, Tile::kBlockN, kThreads>(bias_of(key_tile), p, pair_base, q0, key, thread);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const RowLocation row = row_location(r);
+            const uint32_t stage = stage_of(key_tile) + r * Tile::kRowStageBytes;
+            const int valid = row.valid ? p.k_len - key : 0;
+            const T* k = row.in<T>(p.k, p.k_stride, item.head) + key * p.k_stride.l;
+            const T* v = row.in<T>(p.v, p.v_stride, item.head) + key * p.v_stride.l;
+            load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(stage, k, p.k_stride.l, valid, p.head_dim, thread);
+            load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(stage + Tile::kKeyBytes, v, p.v_stride.l, valid, p.head_dim, thread);
+            if (has_mask) load_vector<Tile::kBlockN, kThreads>(stage + 2 * Tile::kKeyBytes, row.mask(p) + key, thread);
+        }
+    };
+
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        const RowLocation row = row_location(r);
+        const int valid = row.valid ? p.q_len - q0 : 0;
+        const T* q = row.in<T>(p.q, p.q_stride, item.head) + q0 * p.q_stride.l;
+        const T* d_o = row.in<T>(p.d_o, p.d_o_stride, item.head) + q0 * p.d_o_stride.l;
+        load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(query_of(r), q, p.q_stride.l, valid, p.head_dim, thread);
+        load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(query_of(r) + Tile::kQueryBytes, d_o, p.d_o_stride.l, valid, p.head_dim,
+                                                        thread);
+    }
+    load_stage(0);
+    cp_async_commit();
+
+    float ref_low = 0.f, ref_high = 0.f;
+    if (has_pair) {
+        const float* refs = pair_ref(p, item.group, item.head) + q0 + warp * 16 + quad;
+        ref_low = refs[0];
+        ref_high = refs[8];
+    }
+    const float scale_log2 = p.softmax_scale * kLog2E;
+    float dq[kRows][kHeadDim / 8][4];
+    float2 stats[kRows][2];  // {lse, delta} of rows quad, quad + 8
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        zero_bias(dq[r]);
+        const float2* row_stats = p.row_stats + row_location(r).head_row(p, item.head) * p.q_len_padded + q0 + warp * 16 + quad;
+        stats[r][0] = row_stats[0];
+        stats[r][1] = row_stats[8];
+    }
+
+    const int num_key_tiles = ceil_div(p.k_len, Tile::kBlockN);
+    for (int key_tile = 0; key_tile < num_key_tiles; ++key_tile) {
+        cp_async_wait<0>();
+        block_sync();
+        if (Tile::kStages > 1 && key_tile + 1 < num_key_tiles) {
+            load_stage(key_tile + 1);
+            cp_async_commit();
+        }
+        float bias[kTiles][4];
+        if (has_pair) {
+            read_bias<T>(bias, bias_of(key_tile) + warp * 16 * pitch, pitch, p.pair_is_fp32(), ref_low, ref_high, lane);
+        } else {
+            zero_bias(bias);
+        }
+        const int valid_keys = p.k_len - key_tile * Tile::kBlockN;
+        if (valid_keys < Tile::kBlockN) drop_columns(bias, valid_keys, lane);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const uint32_t query = query_of(r) + warp * 16 * Tile::kPitch;
+            const uint32_t k = stage_of(key_tile) + r * Tile::kRowStageBytes, v = k + Tile::kKeyBytes;
+            float s[kTiles][4], dp[kTiles][4];
+            Mma::product_abt(s, query, k, lane);
+            Mma::product_abt(dp, query + Tile::kQueryBytes, v, lane);
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[j][e] = fmaf(s[j][e], scale_log2, bias[j][e]);
+            }
+            if (has_mask) add_mask(s, k + 2 * Tile::kKeyBytes, lane);
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    s[j][e] = exp2_approx(s[j][e] - stats[r][e >> 1].x) * (dp[j][e] - stats[r][e >> 1].y);
+                }
+            }
+            Mma::product_pb(dq[r], s, k, lane);
+        }
+        if (Tile::kStages == 1 && key_tile + 1 < num_key_tiles) {
+            block_sync();
+            load_stage(key_tile + 1);
+            cp_async_commit();
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        const RowLocation row = row_location(r);
+        const int q = q0 + warp * 16;
+        store_accumulator<T, kHeadDim>(row.out<T>(p, p.dq, p.q_len, item.head) + static_cast<int64_t>(q) * p.heads * p.head_dim,
+                                       static_cast<int64_t>(p.heads) * p.head_dim, row.valid ? p.q_len - q : 0, p.head_dim,
+                                       query_of(r) + warp * 16 * Tile::kPitch, dq[r], p.softmax_scale, p.softmax_scale, lane);
+    }
+}
+
+}  // namespace ds4sci

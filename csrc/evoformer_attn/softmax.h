@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// Online softmax of 16 query rows of one warp, base 2 (Milakov and Gimelshein 2018), with lazy rescaling: the reference only
+// moves when a logit exceeds it by more than 2^8. Any reference gives the same quotient, so this stays exact.
+#pragma once
+#include <cfloat>
+#include <cmath>
+
+#include "device.h"
+
+namespace ds4sci {
+
+struct OnlineSoftmax {
+    static constexpr float kRescaleThreshold = 8.f;  // log2 units: exp2 of what is left stays below 256
+
+    float reference[2];  // rows quad, quad + 8; finite also before the first key, so that -inf - reference stays -inf
+    float sum[2];        // this lane's share of the row sums
+
+    DS4SCI_DEVICE void reset() {
+        reference[0] = reference[1] = -FLT_MAX;
+        sum[0] = sum[1] = 0.f;
+    }
+
+    // Turn logits (log2 units) into unnormalised probabilities; rescale `o` when the reference moves.
+    template <int kTiles, int kOutputTiles>
+    DS4SCI_DEVICE void update(float (&x)[kTiles][4], float (&o)[kOutputTiles][4]) {
+        float max_low = reference[0], max_high = reference[1];
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+            max_low = fmaxf(max_low, fmaxf(x[j][0], x[j][1]));
+            max_high = fmaxf(max_high, fmaxf(x[j][2], x[j][3]));
+        }
+        max_low = fmaxf(max_low, shfl_xor(max_low, 1));
+        max_high = fmaxf(max_high, shfl_xor(max_high, 1));
+        max_low = fmaxf(max_low, shfl_xor(max_low, 2));
+        max_high = fmaxf(max_high, shfl_xor(max_high, 2));
+        if (warp_any(max_low > reference[0] + kRescaleThreshold || max_high > reference[1] + kRescaleThreshold)) {
+            const float factor_low = exp2_approx(reference[0] - max_low), factor_high = exp2_approx(reference[1] - max_high);
+            reference[0] = max_low;
+            reference[1] = max_high;
+            sum[0] *= factor_low;
+            sum[1] *= factor_high;
+#pragma unroll
+            for (int j = 0; j < kOutputTiles; ++j) {
+                o[j][0] *= factor_low;
+                o[j][1] *= factor_low;
+                o[j][2] *= factor_high;
+                o[j][3] *= factor_high;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+            x[j][0] = exp2_approx(x[j][0] - reference[0]);
+            x[j][1] = exp2_approx(x[j][1] - reference[0]);
+            x[j][2] = exp2_approx(x[j][2] - reference[1]);
+            x[j][3] = exp2_approx(x[j][3] - reference[1]);
+            sum[0] += x[j][0] + x[j][1];
+            sum[1] += x[j][2] + x[j][3];
+        }
+    }
+
+    DS4SCI_DEVICE void finish() {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sum[i] += shfl_xor(sum[i], 1);
+            sum[i] += shfl_xor(sum[i], 2);
+        }
+    }
+    // 1 / row sum; 0 for a row without keys, whose output is 0. NaN stays NaN.
+    DS4SCI_DEVICE float normaliser(int i) const { return sum[i] == 0.f ? 0.f : 1.f / sum[i]; }
+    // Natural log of the row sum; -inf for a row without keys.
+    DS4SCI_DEVICE float lse(int i) const { return sum[i] == 0.f ? -INFINITY : (reference[i] + log2f(sum[i])) * kLn2; }
+};
+
+}  // namespace ds4sci
