@@ -39,7 +39,7 @@ def unregister():
 
 
 def _enable_hooks():
-    """Loads the hooks. Returns their module, or None if it does not load: DeepSpeed then works as if we were not here."""
+    """Turns the hooks on and returns their module; None if it does not load, which leaves DeepSpeed as it is."""
     try:
         from deepspeed_ds4sci import plugin
 
