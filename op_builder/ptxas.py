@@ -49,7 +49,8 @@ def parse_ptxas(text):
 
     Returns:
         list of Kernel in order of appearance. A line about serialised instructions belongs to the kernel whose symbol
-        it names, else to the one compiled last; before the first kernel it makes a Kernel named "(unknown)".
+        it names (the sm_90a one, if there are several: wgmma exists nowhere else), else to the one compiled last; with
+        no kernel at all it makes one named "(unknown)".
 
     Source: the messages of ptxas 13.0.
     """
@@ -81,9 +82,9 @@ def _read_usage(line, kernel):
 
 
 def _owner(kernels, loss):
-    for kernel in kernels:
-        if f"'{kernel.symbol}'" in loss:
-            return kernel
+    named = [kernel for kernel in kernels if f"'{kernel.symbol}'" in loss]
+    if named:
+        return max(named, key=lambda kernel: kernel.arch == "sm_90a")
     if not kernels:
         kernels.append(Kernel(symbol="(unknown)", arch="(unknown)"))
     return kernels[-1]
