@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads protein alignments: Stockholm, A3M and aligned FASTA, plain or gzip-compressed.
+
+Files are read line by line; only the tokens, one byte per aligned position, stay in memory. Whatever is wrong with a
+file is a ValueError that starts with "path:line: ".
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from deepspeed_ds4sci.data.alphabet import GAP, INVALID, encode
+
+Format = Literal["stockholm", "a3m", "fasta"]
+
+_Line = tuple[int, str]
+_Record = tuple[int, str, str]  # line of the name, name, aligned row
+_LOWERCASE_AND_DOT = str.maketrans("", "", "abcdefghijklmnopqrstuvwxyz.")
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Aligned sequences. Immutable by convention: callers select, they do not write into `tokens`."""
+
+    names: tuple[str, ...]
+    tokens: np.ndarray
+    """uint8 [n_seq, n_col], values of `alphabet`."""
+    source: str
+    """Where it was read from."""
+
+    def drop_gappy_columns(self, max_gap_fraction: float = 0.5) -> "Alignment":
+        """Keeps the columns in which at most this fraction of the sequences has a gap.
+
+        Raises:
+            ValueError: the fraction is not in [0, 1], or no column is left.
+        """
+        if not 0.0 <= max_gap_fraction <= 1.0:
+            raise ValueError(f"max_gap_fraction must be in [0, 1], got {max_gap_fraction}")
+        keep = (self.tokens == GAP).mean(axis=0) <= max_gap_fraction
+        if not keep.any():
+            raise ValueError(
+                f"{self.source}: max_gap_fraction = {max_gap_fraction} leaves none of {self.tokens.shape[1]} columns"
+            )
+        return Alignment(self.names, self.tokens[:, keep], self.source)
+
+
+def read_alignment(path: str | Path, format: Format | None = None) -> Alignment:
+    """Reads one alignment.
+
+    Args:
+        path: the file; gzip is recognised by its content.
+        format: None takes Stockholm from the first line ("# STOCKHOLM"), A3M from the suffix .a3m or .a3m.gz, and
+            aligned FASTA otherwise. In A3M lower-case letters are insertions and are dropped.
+
+    Raises:
+        ValueError: the file is empty, damaged, not in that format, has rows of different lengths, a name twice, a
+            character that is no residue and no gap, or a second alignment; the message gives file and line.
+        OSError: the file cannot be opened.
+    """
+    path = Path(path)
+    if format is not None and format not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(get_args(Format))} or None, got {format!r}")
+    lines = _lines(path)
+    first = next(lines, None)
+    while first is not None and not first[1]:
+        first = next(lines, None)
+    if first is None:
+        raise ValueError(f"{path}:1: the file is empty")
+    if format is None:
+        format = _guess_format(path, first[1])
+    parse = {"stockholm": _stockholm_records, "a3m": _a3m_records, "fasta": _fasta_records}[format]
+    return _collect(path, parse(path, first, lines))
+
+
+def _guess_format(path: Path, first_line: str) -> Format:
+    if first_line.startswith("# STOCKHOLM"):
+        return "stockholm"
+    return "a3m" if path.name.removesuffix(".gz").endswith(".a3m") else "fasta"
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """Numbered lines without their ends; damaged gzip data and undecodable text become ValueError."""
+    with open(path, "rb") as raw:
+        compressed = raw.read(2) == _GZIP_MAGIC
+    number = 0
+    try:
+        with gzip.open(path, "rb") if compressed else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.decode("utf-8").rstrip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{number}: not text in UTF-8 ({error.reason})") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}:{number + 1}: damaged gzip data ({error})") from error
+
+
+def _stockholm_records(path: Path, first: _Line, lines: Iterator[_Line]) -> Iterator[_Record]:
+    """Records of one Stockholm alignment, sequential or interleaved in blocks."""
+    if not first[1].startswith("# STOCKHOLM"):
+        raise ValueError(f"{path}:{first[0]}: expected '# STOCKHOLM 1.0', got {first[1][:40]!r}")
+    parts: dict[str, list[str]] = {}
+    name_lines: dict[str, int] = {}
+    in_block: set[str] = set()
+    number = first[0]
+    closed = False
+    for number, line in lines:
+        if closed:
+            if line:
+                raise ValueError(f"{path}:{number}: expected one alignment, got a second one; split the file")
+        elif line == "//":
+            closed = True
+        elif not line:
+            in_block.clear()
+        elif not line.startswith("#"):
+            fields = line.split()
+            if len(fields) != 2:
+                raise ValueError(f"{path}:{number}: expected a name and an aligned row, got {len(fields)} fields")
+            name, row = fields
+            if name in in_block:
+                raise ValueError(
+                    f"{path}:{number}: the name {name!r} is there twice, first on line {name_lines[name]}"
+                )
+            in_block.add(name)
+            name_lines.setdefault(name, number)
+            parts.setdefault(name, []).append(row)
+    if not closed:
+        raise ValueError(f"{path}:{number}: the file ends without '//'; is it complete?")
+    for name, rows in parts.items():
+        yield name_lines[name], name, "".join(rows)
+
+
+def _fasta_records(path: Path, first: _Line, lines: Iterator[_Line]) -> Iterator[_Record]:
+    """Records of a FASTA file; rows may be wrapped."""
+    if not first[1].startswith(">"):
+        raise ValueError(f"{path}:{first[0]}: expected '>name', got {first[1][:40]!r}")
+    name_line, header = first
+    rows: list[str] = []
+    for number, line in lines:
+        if line.startswith(">"):
+            yield name_line, _fasta_name(path, name_line, header), "".join(rows)
+            name_line, header, rows = number, line, []
+        else:
+            rows.append(line.replace(" ", ""))
+    yield name_line, _fasta_name(path, name_line, header), "".join(rows)
+
+
+def _fasta_name(path: Path, number: int, header: str) -> str:
+    fields = header[1:].split(maxsplit=1)
+    if not fields:
+        raise ValueError(f"{path}:{number}: expected a name after '>', got none")
+    return fields[0]
+
+
+def _a3m_records(path: Path, first: _Line, lines: Iterator[_Line]) -> Iterator[_Record]:
+    """FASTA records without the insertions: lower-case letters and dots. A leading '#' line is a comment."""
+    while first is not None and (first[1].startswith("#") or not first[1]):
+        comment, first = first, next(lines, None)
+        if first is None:
+            raise ValueError(f"{path}:{comment[0]}: no sequences after the comments")
+    for number, name, row in _fasta_records(path, first, lines):
+        yield number, name, row.translate(_LOWERCASE_AND_DOT)
+
+
+def _collect(path: Path, records: Iterator[_Record]) -> Alignment:
+    """Checks and tokenises records as they come."""
+    line_of: dict[str, int] = {}
+    rows: list[np.ndarray] = []
+    for number, name, row in records:
+        if name in line_of:
+            raise ValueError(f"{path}:{number}: the name {name!r} is there twice, first on line {line_of[name]}")
+        tokens = encode(row)
+        bad = np.flatnonzero(tokens == INVALID)
+        if bad.size:
+            raise ValueError(
+                f"{path}:{number}: {name!r} has {row[bad[0]]!r} at column {bad[0] + 1}, "
+                "expected a residue letter or a gap"
+            )
+        if not tokens.size:
+            raise ValueError(f"{path}:{number}: {name!r} has no sequence")
+        if rows and tokens.size != rows[0].size:
+            first_name = next(iter(line_of))
+            raise ValueError(
+                f"{path}:{number}: {name!r} has {tokens.size} columns, expected {rows[0].size} as {first_name!r} has"
+            )
+        line_of[name] = number
+        rows.append(tokens)
+    if not rows:
+        raise ValueError(f"{path}:1: no sequences in the file")
+    return Alignment(tuple(line_of), np.stack(rows), str(path))
