@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This project's op, in its canonical layout."""
+
+import torch
+
+from tests.benchmarks.case import Case, Inputs
+from tests.benchmarks.peers.base import Call, Peer, leaf, wanted_leaves
+
+
+class Ours(Peer):
+    """`evoformer_attention` with a named implementation, or with the one it picks by itself."""
+
+    shares_pair_bias = True
+
+    def __init__(self, implementation: str | None):
+        self.implementation = implementation
+        self.name = f"ours[{implementation or 'default'}]"
+
+    def unavailable_reason(self, device_type: str) -> str | None:
+        from deepspeed_ds4sci import evoformer_attention
+
+        dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
+        probe = torch.zeros(1, 1, 1, 1, 8, dtype=dtype, device=device_type)
+        try:
+            evoformer_attention(probe, probe, probe, implementation=self.implementation)
+        except (NotImplementedError, ValueError) as error:
+            return str(error).splitlines()[0]
+        return None
+
+    def bind(self, case: Case, inputs: Inputs) -> Call:
+        from deepspeed_ds4sci import evoformer_attention
+
+        q, k, v = leaf(inputs.q), leaf(inputs.k), leaf(inputs.v)
+        mask_bias = inputs.mask_bias()
+        pair_bias = None if inputs.pair_bias is None else leaf(inputs.pair_bias)
+
+        def forward():
+            return evoformer_attention(
+                q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, implementation=self.implementation
+            )
+
+        return Call(forward, wanted_leaves(case, q, k, v, pair_bias), inputs.do.clone())

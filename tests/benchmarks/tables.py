@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the README's tables equal to the committed records.
+
+    python -m tests.benchmarks.tables           # rewrites the tables of README.md
+    python -m tests.benchmarks.tables --check   # exit code 1 if one is out of date
+
+A table stands between two comments. The name is that of a record in `tests/benchmarks/results/`:
+
+    <!-- bench:h100 show=time columns=ours[sm80],flex,sdpa -->
+    <!-- /bench:h100 -->
+
+Options, all optional: `show` (time: milliseconds of every pass; memory: peak MiB of forward + backward above the
+inputs), `columns` (implementations, default all that were timed), `shapes` (names, default all).
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from tests.benchmarks.record import machine_line, read
+from tests.benchmarks.table import cell, implementations, memory_cell
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+BLOCK = re.compile(r"<!-- bench:(?P<name>[\w.-]+)(?P<options>[^>]*?) -->\n.*?<!-- /bench:(?P=name) -->", re.S)
+OPTIONS = {"show": "time", "columns": "", "shapes": ""}
+
+
+def options_of(text: str) -> dict[str, str]:
+    """Options of a marker; ValueError for one that does not exist."""
+    options = dict(OPTIONS)
+    for word in text.split():
+        key, _, value = word.partition("=")
+        if key not in OPTIONS:
+            raise ValueError(f"a table's options are {', '.join(OPTIONS)}; got {word!r}")
+        options[key] = value
+    if options["show"] not in ("time", "memory"):
+        raise ValueError(f"show must be time or memory, got {options['show']!r}")
+    return options
+
+
+def _dimensions(case: dict) -> str:
+    """N x L, H, D as the README writes a shape; Lk only where it differs, B only above 1."""
+    length = f"{case['q_len']}" if case["q_len"] == case["k_len"] else f"{case['q_len']}:{case['k_len']}"
+    batch = "" if case["batch"] == 1 else f"{case['batch']} x "
+    return f"{batch}{case['rows']} x {length}, {case['heads']}, {case['head_dim']}"
+
+
+def _figure(result: dict | None, show: str) -> str:
+    return memory_cell(result) if show == "memory" else cell(result, None)
+
+
+def markdown(record: dict, options: dict[str, str]) -> str:
+    """One table: a line per shape, dtype and mode; a column per implementation; passes joined by a slash."""
+    show = options["show"]
+    timed = {result["implementation"] for result in record["results"] if result["status"] == "ok"}
+    columns = [name for name in implementations(record) if name in timed]
+    if options["columns"]:
+        columns = options["columns"].split(",")
+    shapes = set(options["shapes"].split(",")) if options["shapes"] else None
+    passes = list(dict.fromkeys(result["which"] for result in record["results"]))
+    if show == "memory":
+        passes = [which for which in passes if which == "fwd+bwd"] or passes
+    lines: dict[tuple, dict[tuple, dict]] = {}
+    for result in record["results"]:
+        case = result["case"]
+        if shapes is None or case["name"] in shapes:
+            line = (case["name"], _dimensions(case), case["dtype"], result["mode"])
+            lines.setdefault(line, {})[result["implementation"], result["which"]] = result
+    if show == "memory":
+        lines = {line: results for line, results in lines.items() if line[3] == "eager"}
+    unit = f"{' / '.join(passes)}, ms" if show == "time" else "extra MiB"
+    rows = [
+        f"| shape (N x L, H, D; {unit}) | " + " | ".join(columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for (name, dimensions, dtype, mode), results in lines.items():
+        cells = [" / ".join(_joined([_figure(results.get((c, which)), show) for which in passes])) for c in columns]
+        label = f"{name} ({dimensions}), {dtype}" + (", CUDA graph" if mode == "graph" else "")
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    about = record["machine"]
+    return "\n".join([*rows, "", f"{machine_line(about)} | `{about['command']}`", ""])
+
+
+def _joined(figures: list[str]) -> list[str]:
+    """One word where every pass says the same, as OOM."""
+    return figures[:1] if len(set(figures)) == 1 else figures
+
+
+def updated(text: str, results: Path = RESULTS) -> str:
+    """`text` with every table generated anew."""
+
+    def replace(match: re.Match) -> str:
+        name = match["name"]
+        table = markdown(read(results / f"{name}.json"), options_of(match["options"]))
+        return f"<!-- bench:{name}{match['options']} -->\n{table}<!-- /bench:{name} -->"
+
+    return BLOCK.sub(replace, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "README.md"])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is out of date")
+    options = parser.parse_args()
+    stale = 0
+    for path in options.files:
+        text = path.read_text()
+        if text == updated(text):
+            continue
+        stale += 1
+        print(f"{path}: {'out of date' if options.check else 'updated'}")
+        if not options.check:
+            path.write_text(updated(text))
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
