@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Everything that needs a GPU, in one call, each stage bounded in time; a failing stage does not stop the next.
+#
+#     bash tests/benchmarks/gpu_session.sh setup build report test sanitize bench memory profile
+#
+# setup     installs the wheels of .whl/ that are missing and this project (prepare_peers.py; needs no registry)
+# build     compiles the kernels just in time and opens the library
+# report    what would run here and why
+# test      tests marked gpu                                PYTEST_ARGS   (default: tests -m gpu -q)
+# sanitize  memcheck, racecheck, initcheck, synccheck at once               SANITIZE_ARGS
+# bench     the table, its record and its plot              BENCH_ARGS    (default: --graph)
+# memory    peak memory only                                MEMORY_ARGS   (default: --shapes triangle-1024)
+# profile   hardware counters of our kernels (ncu)          PROFILE_ARGS  (default: triangle-512)
+#
+# LIMIT_<STAGE> in seconds changes a stage's limit. Results go to ${OUT:-build/out}: session.log, test.xml, bench.json,
+# bench.png, memory.json, sanitize.log, profile.log. Set DS4SCI_COMMIT where the checkout has no git history.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
+
+out=${OUT:-build/out}
+python=${PYTHON:-python3}
+stages=(setup build report test sanitize bench memory profile)
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1
+
+setup() { "$python" -m tests.benchmarks.prepare_peers install; }
+
+build() {
+    "$python" -c "from deepspeed_ds4sci.ops._extension import extension; print('built and opened:', extension())"
+}
+
+report() { "$python" -m deepspeed_ds4sci.report; }
+
+tests() {
+    local arguments=(tests -m gpu -q)
+    [[ -n ${PYTEST_ARGS:-} ]] && read -ra arguments <<<"$PYTEST_ARGS"
+    "$python" -m pytest "${arguments[@]}" --junitxml="$out/test.xml"
+}
+
+# The tools run side by side: each is bound by its own instrumentation and leaves the GPU idle most of the time.
+sanitize() {
+    local arguments=() tools=(memcheck racecheck initcheck synccheck) tool jobs=() bad=0
+    read -ra arguments <<<"${SANITIZE_ARGS:-}"
+    for tool in "${tools[@]}"; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
+            "$python" -m tests.benchmarks.sanitize "${arguments[@]}" >"$out/.sanitize.$tool" 2>&1 &
+        jobs+=($!)
+    done
+    : >"$out/sanitize.log"
+    for tool in "${tools[@]}"; do
+        wait "${jobs[0]}" || bad=1
+        jobs=("${jobs[@]:1}")
+        echo "== $tool" >>"$out/sanitize.log"
+        cat "$out/.sanitize.$tool" >>"$out/sanitize.log"
+        rm -f "$out/.sanitize.$tool"
+    done
+    grep -E '^==|cases ran|Error|not found' "$out/sanitize.log" | grep -vE '^=+$' | cut -c1-200 | head -60
+    return "$bad"
+}
+
+bench() {
+    local arguments=(--graph)
+    [[ -n ${BENCH_ARGS:-} ]] && read -ra arguments <<<"$BENCH_ARGS"
+    "$python" -m tests.benchmarks --json "$out/bench.json" --plot "$out/bench.png" "${arguments[@]}"
+}
+
+memory() {
+    local arguments=(--shapes triangle-1024)
+    [[ -n ${MEMORY_ARGS:-} ]] && read -ra arguments <<<"$MEMORY_ARGS"
+    "$python" -m tests.benchmarks --passes fwd+bwd --min-ms 20 --json "$out/memory.json" "${arguments[@]}"
+}
+
+profile() {
+    local arguments=(triangle-512)
+    [[ -n ${PROFILE_ARGS:-} ]] && read -ra arguments <<<"$PROFILE_ARGS"
+    # The clocks are left as they are; the first run warms up and is profiled too.
+    ncu --clock-control none -k "regex:${PROFILE_KERNELS:-evoformer}" --section SpeedOfLight --section LaunchStats \
+        --section Occupancy --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis \
+        --section WarpStateStats --section SourceCounters \
+        "$python" -m tests.benchmarks.once --runs 1 "${arguments[@]}" >"$out/profile.log" 2>&1
+    local status=$?
+    grep -E '^  [A-Za-z_].*\(|Duration|Throughput|Registers Per|Achieved Occ|Executed Ipc Active' "$out/profile.log" | head -80
+    return "$status"
+}
+
+limit_of() {
+    local name="LIMIT_${1^^}"
+    case $1 in
+        setup) echo "${!name:-180}" ;;
+        build) echo "${!name:-300}" ;;
+        report | memory) echo "${!name:-120}" ;;
+        *) echo "${!name:-480}" ;;
+    esac
+}
+
+known() {
+    local stage
+    for stage in "${stages[@]}"; do [[ $stage == "$1" ]] && return 0; done
+    return 1
+}
+
+if [[ ${1:-} == --stage ]]; then # one stage, in a process of its own that `timeout` can end
+    [[ $2 == test ]] && set -- --stage tests
+    "$2"
+    exit
+fi
+if (($# == 0)); then
+    echo "usage: gpu_session.sh STAGE..., of: ${stages[*]}" >&2
+    exit 2
+fi
+for stage in "$@"; do
+    if ! known "$stage"; then
+        echo "unknown stage $stage; stages are: ${stages[*]}" >&2
+        exit 2
+    fi
+done
+
+summary=()
+failed=0
+: >"$out/session.log"
+for stage in "$@"; do
+    echo "=== $stage" | tee -a "$out/session.log"
+    start=$SECONDS
+    timeout --kill-after=20 "$(limit_of "$stage")" bash "${BASH_SOURCE[0]}" --stage "$stage" 2>&1 |
+        tee -a "$out/session.log"
+    status=${PIPESTATUS[0]}
+    case $status in
+        0) word=ok ;;
+        124 | 137) word="ran out of time" ;;
+        *) word="failed ($status)" ;;
+    esac
+    [[ $status == 0 ]] || failed=$((failed + 1))
+    summary+=("$(printf '%-9s %-16s %4d s' "$stage" "$word" $((SECONDS - start)))")
+done
+printf '%s\n' "=== summary" "${summary[@]}" | tee -a "$out/session.log"
+exit "$failed"

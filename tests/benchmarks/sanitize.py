@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small shapes through every CUDA kernel, for compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.benchmarks.sanitize
+
+Caching is turned off so that each tensor is an allocation of its own, whose ends the sanitizer knows. Inputs are made
+on the CPU: a sanitizer slows every kernel down, also those that only prepare.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from deepspeed_ds4sci import evoformer_attention
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (8, 16, 24, 32, 48, 64, 96, 128)
+
+
+@dataclass(frozen=True)
+class Small:
+    """A reduced case: lengths off the tile sizes on purpose."""
+
+    batch: int = 1
+    rows: int = 2
+    q_len: int = 70
+    k_len: int = 70
+    heads: int = 2
+    head_dim: int = 32
+    mask: str = "float"  # "float" (with its gradient), "bool" or "none"
+    pair: str = "full"  # "full", "heads" (broadcast over H) or "none"
+    layout: str = "plain"  # "plain", "ending" (transposed view) or "packed" (slices of one projection)
+
+
+VARIANTS = (
+    Small(mask="none", pair="none"),
+    Small(mask="bool", pair="none"),
+    Small(mask="none"),
+    Small(mask="bool", pair="heads"),
+    Small(rows=1, q_len=1, k_len=129),
+    Small(rows=3, q_len=129, k_len=17),
+    Small(batch=2, rows=5, q_len=64, k_len=64),
+    Small(rows=70, layout="ending"),
+    Small(layout="packed"),
+    Small(rows=9, q_len=193, k_len=193),
+)
+
+
+def cases() -> list[tuple[torch.dtype, Small]]:
+    """Every dtype with every head dim once, then every variant in every dtype."""
+    grid = [(dtype, Small(head_dim=dim)) for dtype, dim in itertools.product(DTYPES, HEAD_DIMS)]
+    return grid + list(itertools.product(DTYPES, VARIANTS))
+
+
+def _qkv(small: Small, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    lengths = (small.q_len, small.k_len, small.k_len)
+    if small.layout == "packed":
+        width = 3 * small.head_dim
+        packed = torch.randn(small.batch, small.rows, small.q_len, small.heads, width).to(device, dtype)
+        return [part.requires_grad_() for part in packed.detach().split(small.head_dim, dim=-1)]
+    if small.layout == "ending":
+        shapes = [(small.batch, length, small.rows, small.heads, small.head_dim) for length in lengths]
+        return [torch.randn(shape).to(device, dtype).transpose(1, 2).requires_grad_() for shape in shapes]
+    shapes = [(small.batch, small.rows, length, small.heads, small.head_dim) for length in lengths]
+    return [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def run(dtype: torch.dtype, small: Small, implementation: str, device: str) -> None:
+    """Forward and backward of one case; RuntimeError if a result is not finite."""
+    torch.manual_seed(0)
+    q, k, v = _qkv(small, dtype, device)
+    keep = torch.rand(small.batch, small.rows, 1, 1, small.k_len) > 0.2
+    keep[:, 0] = False  # a row without any key
+    mask_bias = None
+    if small.mask == "bool":
+        mask_bias = keep.to(device)
+    elif small.mask == "float":
+        mask_bias = torch.where(keep, 0.0, -torch.inf).to(device, dtype).requires_grad_()
+    pair_bias = None
+    if small.pair != "none":
+        heads = small.heads if small.pair == "full" else 1
+        pair_bias = torch.randn(small.batch, 1, heads, small.q_len, small.k_len).to(device, dtype).requires_grad_()
+    o = evoformer_attention(q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, implementation=implementation)
+    wanted = [x for x in (q, k, v, mask_bias, pair_bias) if x is not None and x.requires_grad]
+    results = torch.autograd.grad(o, wanted, torch.randn(o.shape).to(device, dtype))
+    for result in (o, *results):
+        if not torch.isfinite(result.detach().cpu()).all():
+            raise RuntimeError(f"a result is not finite: {dtype}, {small}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--impl", default="sm80", help="implementation to run (default: sm80)")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="every fourth case")
+    options = parser.parse_args()
+    if options.device == "cuda" and os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        print("warning: errors inside torch's pool go unseen; set PYTORCH_NO_CUDA_MEMORY_CACHING=1", file=sys.stderr)
+    chosen = cases()[:: 4 if options.quick else 1]
+    for dtype, small in chosen:
+        run(dtype, small, options.impl, options.device)
+    print(f"{len(chosen)} cases ran")
+
+
+if __name__ == "__main__":
+    main()

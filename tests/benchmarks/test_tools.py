@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preparation of the peers, the sanitizer's driver, the profiler's program and the session script."""
+
+import os
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks import once, prepare_peers, sanitize
+from tests.benchmarks.sanitize import DTYPES, HEAD_DIMS, VARIANTS, cases
+
+HERE = Path(__file__).resolve().parent
+SESSION = HERE / "gpu_session.sh"
+
+
+def test_recompressed_wheel_holds_the_same_files(tmp_path):
+    wheel = tmp_path / "a-1-py3-none-any.whl"
+    content = {"a/lib.so": b"x" * 100_000, "a-1.dist-info/RECORD": b"a/lib.so,,\n"}
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name, data in content.items():
+            file.writestr(name, data)
+    prepare_peers.recompress(wheel)
+    assert wheel.stat().st_size < 2000
+    with zipfile.ZipFile(wheel) as file:
+        assert {name: file.read(name) for name in file.namelist()} == content
+
+
+def test_only_missing_or_too_old_wheels_are_installed(monkeypatch):
+    installed = {"typing_inspection": "0.4.5", "setuptools": "70.1"}
+
+    def version(name):
+        if name in installed:
+            return installed[name]
+        raise prepare_peers.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(prepare_peers.importlib.metadata, "version", version)
+    assert not prepare_peers.is_missing(Path("typing_inspection-0.4.5-py3-none-any.whl"))
+    assert prepare_peers.is_missing(Path("setuptools-80.9.0-py3-none-any.whl"))
+    assert prepare_peers.is_missing(Path("hjson-3.1.0-py3-none-any.whl"))
+
+
+def test_install_asks_no_registry(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(prepare_peers, "pip", lambda *arguments: calls.append(arguments))
+    (tmp_path / "no_such_project-1-py3-none-any.whl").touch()
+    prepare_peers.install(tmp_path)
+    assert len(calls) == 2 and all("--no-index" in call and "--no-deps" in call for call in calls)
+    assert calls[0][-1].endswith("no_such_project-1-py3-none-any.whl") and calls[1][-2] == "-e"
+
+
+def test_sources_of_deepspeed_are_where_the_launchers_expect_them():
+    folder = prepare_peers.deepspeed_sources()
+    for launcher, source in (("forward.cu", "attention_cu.cu"), ("backward.cu", "attention_back.cu")):
+        assert f'#include "{source}"' in (HERE / "deepspeed_op" / launcher).read_text()
+        assert (folder / source).is_file()
+
+
+STAND_IN_PROGRAM = """
+#include <torch/extension.h>
+#include <cstdio>
+static void* give(int64_t bytes) { static char memory[64]; return bytes == 40 ? memory : nullptr; }
+int main() {
+    torch::Tensor t{nullptr, 5, {2, 3, 4, 5, 8}, {480, 160, 40, 8, 1}, 1};
+    torch::Tensor v = t.view({-1, 4, 5, 8});
+    bool ok = v.dims == 4 && v.size(0) == 6 && v.size(-1) == 8 && v.stride(-4) == 160 && v.stride(-2) == 8;
+    torch::Tensor one{nullptr, 2, {1, 8}, {0, 1}, 2};
+    ok = ok && one.view({8}).size(0) == 8;
+    torch::allocate() = give;
+    ok = ok && torch::empty(10, one.options()).data_ptr<float>() != nullptr;
+    ok = ok && torch::empty(0, one.options()).data == nullptr;
+    torch::Tensor strided{nullptr, 2, {4, 8}, {16, 1}, 1};
+    try { strided.view({32}); ok = false; } catch (const std::exception& error) { std::puts(error.what()); }
+    return ok ? 0 : 1;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_stand_in_tensor_behaves_like_torch(tmp_path):
+    source = tmp_path / "stand_in.cpp"
+    source.write_text(STAND_IN_PROGRAM)
+    program = tmp_path / "stand_in"
+    include = HERE / "deepspeed_op" / "stand_in"
+    subprocess.run(["g++", "-std=c++20", f"-I{include}", source, "-o", program], check=True)
+    finished = subprocess.run([program], capture_output=True, text=True)
+    assert finished.returncode == 0 and "is not contiguous" in finished.stdout
+
+
+def test_sanitizer_cases_cover_dtypes_head_dims_and_variants():
+    listed = cases()
+    for dtype in DTYPES:
+        assert {small.head_dim for kind, small in listed if kind == dtype} >= set(HEAD_DIMS)
+        assert [small for kind, small in listed if kind == dtype and small in VARIANTS] == list(VARIANTS)
+
+
+@pytest.mark.parametrize("small", VARIANTS, ids=str)
+def test_sanitizer_cases_run(small):
+    sanitize.run(torch.float32, small, "reference", "cpu")
+
+
+def test_sanitizer_stops_at_what_is_not_finite(monkeypatch):
+    def broken(q, k, v, **options):
+        return q * float("nan") + 0 * (k.sum() + v.sum() + sum(x.float().sum() for x in list(options.values())[:2]))
+
+    monkeypatch.setattr(sanitize, "evoformer_attention", broken)
+    with pytest.raises(RuntimeError, match="not finite"):
+        sanitize.run(torch.float32, sanitize.Small(), "reference", "cpu")
+
+
+def test_profiled_program(capsys):
+    once.main(["small-pairformer", "--device", "cpu", "--impl", "reference", "--dtype", "fp32", "--runs", "1"])
+    assert "ours[reference] ran fwd+bwd on small-pairformer 1 times" in capsys.readouterr().out
+    once.main(["small-diffusion", "--device", "cpu", "--peer", "sdpa", "--pass", "fwd", "--dtype", "fp32"])
+    assert "sdpa ran fwd on small-diffusion 2 times" in capsys.readouterr().out
+
+
+def session(*stages: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(SESSION), *stages], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+
+
+def test_session_names_its_stages(tmp_path):
+    finished = session(OUT=str(tmp_path))
+    assert finished.returncode == 2 and "setup build report test sanitize bench memory profile" in finished.stderr
+    finished = session("bench", "nosuch", OUT=str(tmp_path))
+    assert finished.returncode == 2 and "unknown stage nosuch" in finished.stderr
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$2" in
+    deepspeed_ds4sci.report) exit 3 ;;
+    pytest) sleep 30 ;;
+esac
+"""
+
+
+def test_session_goes_on_after_a_failure_and_counts_it(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    finished = session("report", "test", "bench", OUT=str(out), PYTHON=str(python), LIMIT_TEST="1")
+    assert finished.returncode == 2
+    summary = [line.split() for line in finished.stdout.split("=== summary\n")[1].splitlines()]
+    words = [" ".join(line[:-2]) for line in summary]  # without the seconds
+    assert words == ["report failed (3)", "test ran out of time", "bench ok"]
+    assert "=== summary" in (out / "session.log").read_text()
