@@ -5,14 +5,15 @@
 #
 #     bash tests/benchmarks/gpu_session.sh setup build report test sanitize bench memory profile
 #
-# setup     installs the wheels of .whl/ that are missing and this project (prepare_peers.py; needs no registry)
+# setup     build/gpu-venv with the wheels of .whl/ that are missing and this project; needs no registry. The other
+#           stages run its Python if it exists, else ${PYTHON:-python3}
 # build     compiles the kernels just in time and opens the library
 # report    what would run here and why
 # test      tests marked gpu                                PYTEST_ARGS   (default: tests -m gpu -q)
 # sanitize  memcheck, racecheck, initcheck, synccheck at once               SANITIZE_ARGS
 # bench     the table, its record and its plot              BENCH_ARGS    (default: --graph)
 # memory    peak memory only                                MEMORY_ARGS   (default: --shapes triangle-1024)
-# profile   hardware counters of our kernels (ncu)          PROFILE_ARGS  (default: triangle-512)
+# profile   hardware counters of our kernels (ncu)          PROFILE_ARGS  (default: triangle-512), PROFILE_KERNELS
 #
 # LIMIT_<STAGE> in seconds changes a stage's limit. Results go to ${OUT:-build/out}: session.log, test.xml, bench.json,
 # bench.png, memory.json, sanitize.log, profile.log. Set DS4SCI_COMMIT where the checkout has no git history.
@@ -21,11 +22,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 
 out=${OUT:-build/out}
 python=${PYTHON:-python3}
+[[ -z ${PYTHON:-} && -x build/gpu-venv/bin/python ]] && python=$PWD/build/gpu-venv/bin/python
 stages=(setup build report test sanitize bench memory profile)
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 
-setup() { "$python" -m tests.benchmarks.prepare_peers install; }
+setup() { "${PYTHON:-python3}" -m tests.benchmarks.prepare_peers install; }
 
 build() {
     "$python" -c "from deepspeed_ds4sci.ops._extension import extension; print('built and opened:', extension())"
@@ -42,21 +44,24 @@ tests() {
 # The tools run side by side: each is bound by its own instrumentation and leaves the GPU idle most of the time.
 sanitize() {
     local arguments=() tools=(memcheck racecheck initcheck synccheck) tool jobs=() bad=0
+    local seconds=$(($(limit_of sanitize) - 15))
     read -ra arguments <<<"${SANITIZE_ARGS:-}"
+    mkdir -p build/sanitize
     for tool in "${tools[@]}"; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
-            "$python" -m tests.benchmarks.sanitize "${arguments[@]}" >"$out/.sanitize.$tool" 2>&1 &
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 "$seconds" \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
+            "$python" -m tests.benchmarks.sanitize "${arguments[@]}" >"build/sanitize/$tool.log" 2>&1 &
         jobs+=($!)
     done
     : >"$out/sanitize.log"
     for tool in "${tools[@]}"; do
-        wait "${jobs[0]}" || bad=1
+        wait "${jobs[0]}"
+        local status=$?
         jobs=("${jobs[@]:1}")
-        echo "== $tool" >>"$out/sanitize.log"
-        cat "$out/.sanitize.$tool" >>"$out/sanitize.log"
-        rm -f "$out/.sanitize.$tool"
+        [[ $status == 0 ]] || bad=1
+        { echo "== $tool: exit code $status"; cat "build/sanitize/$tool.log"; } >>"$out/sanitize.log"
     done
-    grep -E '^==|cases ran|Error|not found' "$out/sanitize.log" | grep -vE '^=+$' | cut -c1-200 | head -60
+    grep -E '^== |SUMMARY|cases ran|rror|not found' "$out/sanitize.log" | cut -c1-200 | head -60
     return "$bad"
 }
 
@@ -76,7 +81,8 @@ profile() {
     local arguments=(triangle-512)
     [[ -n ${PROFILE_ARGS:-} ]] && read -ra arguments <<<"$PROFILE_ARGS"
     # The clocks are left as they are; the first run warms up and is profiled too.
-    ncu --clock-control none -k "regex:${PROFILE_KERNELS:-evoformer}" --section SpeedOfLight --section LaunchStats \
+    local kernels=${PROFILE_KERNELS:-"^evoformer_|^prepare_kernel"}
+    ncu --clock-control none -k "regex:$kernels" --section SpeedOfLight --section LaunchStats \
         --section Occupancy --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis \
         --section WarpStateStats --section SourceCounters \
         "$python" -m tests.benchmarks.once --runs 1 "${arguments[@]}" >"$out/profile.log" 2>&1

@@ -2,7 +2,7 @@
 """Prepares the peers of the benchmark for a GPU machine that cannot reach a package registry.
 
     python -m tests.benchmarks.prepare_peers            # here, where a registry and nvcc are: fills both folders
-    python -m tests.benchmarks.prepare_peers install    # there: installs what is missing, and this project
+    python -m tests.benchmarks.prepare_peers install    # there: build/gpu-venv, with what is missing and this project
 
 Two folders of the repository root, both ignored by git, are filled:
 
@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import venv
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ROOT / ".whl"
 LIBRARIES = ROOT / ".peers"
+ENVIRONMENT = ROOT / "build" / "gpu-venv"
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 DEEPSPEED = "deepspeed==0.19.8"
 
@@ -165,14 +167,27 @@ def is_missing(wheel: Path) -> bool:
     return int(version.split(".")[0]) < OLDEST.get(name, 0)
 
 
-def install(folder: Path) -> None:
-    """Installs the wheels of `folder` that are missing, then this project in editable form; asks no registry."""
-    wheels = [str(wheel) for wheel in sorted(folder.glob("*.whl")) if is_missing(wheel)]
-    offline = ("install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir")
-    if wheels:
-        pip(*offline, "--upgrade", *wheels)
-        print("installed:", ", ".join("-".join(Path(wheel).name.split("-")[:2]) for wheel in wheels))
-    pip(*offline, "--no-build-isolation", "-e", str(ROOT))
+def create_environment(folder: Path) -> Path:
+    """A virtual environment on top of this interpreter's packages, which it leaves as they are; returns its Python."""
+    venv.create(folder, symlinks=True)
+    (site,) = (folder / "lib").glob("python*/site-packages")
+    # Not system_site_packages: from inside a virtual environment that would pass over its packages.
+    (site / "base.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")) + "\n")
+    return folder / "bin" / "python"
+
+
+def install(wheels: Path, folder: Path = ENVIRONMENT) -> None:
+    """Creates `folder` with the wheels that are missing and this project in editable form; asks no registry.
+
+    Installs one wheel after the other: a peer that cannot be installed becomes a missing result, not a failure.
+    """
+    python = create_environment(folder)
+    offline = (str(python), "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir")
+    for wheel in filter(is_missing, sorted(wheels.glob("*.whl"))):
+        finished = subprocess.run([*offline, "--upgrade", str(wheel)])
+        print("installed" if finished.returncode == 0 else "COULD NOT INSTALL", *wheel.name.split("-")[:2], flush=True)
+    subprocess.run([*offline, "--no-build-isolation", "-e", str(ROOT)], check=True)
+    print(f"ready: {python}")
 
 
 def main() -> None:

@@ -43,13 +43,21 @@ def test_only_missing_or_too_old_wheels_are_installed(monkeypatch):
     assert prepare_peers.is_missing(Path("hjson-3.1.0-py3-none-any.whl"))
 
 
-def test_install_asks_no_registry(monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(prepare_peers, "pip", lambda *arguments: calls.append(arguments))
-    (tmp_path / "no_such_project-1-py3-none-any.whl").touch()
-    prepare_peers.install(tmp_path)
-    assert len(calls) == 2 and all("--no-index" in call and "--no-deps" in call for call in calls)
-    assert calls[0][-1].endswith("no_such_project-1-py3-none-any.whl") and calls[1][-2] == "-e"
+def test_install_asks_no_registry_and_survives_a_bad_wheel(monkeypatch, tmp_path, capsys):
+    (tmp_path / "no_such_project-1-py3-none-any.whl").write_bytes(b"not a wheel")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "ds4sci-probe"\nversion = "1"\n[tool.setuptools]\npy-modules = ["ds4sci_probe"]\n'
+    )
+    (project / "ds4sci_probe.py").write_text("answer = 42\n")
+    monkeypatch.setattr(prepare_peers, "ROOT", project)
+    prepare_peers.install(tmp_path, tmp_path / "venv")
+    assert "COULD NOT INSTALL no_such_project 1" in capsys.readouterr().out
+    code = "import ds4sci_probe, torch; print(ds4sci_probe.answer)"  # torch: of the interpreter below
+    found = subprocess.run([tmp_path / "venv" / "bin" / "python", "-c", code], capture_output=True, text=True)
+    assert found.stdout == "42\n", found.stderr
 
 
 def test_sources_of_deepspeed_are_where_the_launchers_expect_them():

@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVIDIA's cuEquivariance (PyPI `cuequivariance-torch` with `cuequivariance-ops-torch-cu13`), closed kernels."""
 
+import ctypes
 import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from tests.benchmarks.case import Case, Inputs
 from tests.benchmarks.peers.base import Call, Peer, leaf, only_on_cuda, wanted_leaves
+
+
+def load_nvrtc() -> None:
+    """Its libraries need libnvrtc but do not say where; torch loads the one in the nvidia wheels only on demand."""
+    for path in (found for folder in sys.path for found in Path(folder).glob("nvidia/*/lib/libnvrtc.so.1?")):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 class CuEquivariance(Peer):
@@ -26,6 +35,7 @@ class CuEquivariance(Peer):
     def bind(self, case: Case, inputs: Inputs) -> Call:
         # Read when the package is imported: without it, lengths up to 100 run eager PyTorch silently.
         os.environ.setdefault("CUEQ_TRIATTN_FALLBACK_THRESHOLD", "0")
+        load_nvrtc()
         from cuequivariance_torch import triangle_attention
 
         q, k, v = (leaf(x.transpose(2, 3)) for x in (inputs.q, inputs.k, inputs.v))  # [B, N, H, L, D]

@@ -2,6 +2,7 @@
 """torch's FlexAttention, compiled, with both biases captured by the score function."""
 
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from tests.benchmarks.case import Case, Inputs
@@ -14,6 +15,35 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=False)
 
 
+def score_function(pair_bias: Tensor | None, mask: Tensor | None, rows: int):
+    """What flex_attention adds to a logit; None for nothing.
+
+    Args:
+        pair_bias: [H, Lq, Lk] or [B, H, Lq, Lk]; mask: [B * N, Lk]; rows: N.
+    """
+
+    def both(score, b, h, i, j):
+        return score + pair_bias[h, i, j] + mask[b, j]
+
+    def both_of_batch(score, b, h, i, j):
+        return score + pair_bias[b // rows, h, i, j] + mask[b, j]
+
+    def pair_only(score, b, h, i, j):
+        return score + pair_bias[h, i, j]
+
+    def pair_only_of_batch(score, b, h, i, j):
+        return score + pair_bias[b // rows, h, i, j]
+
+    def mask_only(score, b, h, i, j):
+        return score + mask[b, j]
+
+    if pair_bias is None:
+        return None if mask is None else mask_only
+    if pair_bias.dim() == 3:  # B = 1, which spares every logit an integer division
+        return pair_only if mask is None else both
+    return pair_only_of_batch if mask is None else both_of_batch
+
+
 class Flex(Peer):
     name = "flex"
 
@@ -22,41 +52,24 @@ class Flex(Peer):
 
     def bind(self, case: Case, inputs: Inputs) -> Call:
         q, k, v = (leaf(x.flatten(0, 1).transpose(1, 2)) for x in (inputs.q, inputs.k, inputs.v))  # [B * N, H, L, D]
-        pair_bias = None if inputs.pair_bias is None else leaf(inputs.pair_bias)
+        pair_bias = None if inputs.pair_bias is None else leaf(inputs.pair_bias.squeeze(1).squeeze(0))
         mask_bias = inputs.mask_bias()
         mask = None if mask_bias is None else mask_bias.reshape(case.batch * case.rows, case.k_len).contiguous()
-        rows = case.rows
-        if case.batch == 1:  # spares every logit an integer division
-
-            def pair_at(b, h, i, j):
-                return pair_bias[0, 0, h, i, j]
-        else:
-
-            def pair_at(b, h, i, j):
-                return pair_bias[b // rows, 0, h, i, j]
-
-        # One score function per set of biases: a branch inside it would be traced for every logit.
-        if mask is not None and pair_bias is not None:
-
-            def score_mod(score, b, h, i, j):
-                return score + pair_at(b, h, i, j) + mask[b, j]
-        elif pair_bias is not None:
-
-            def score_mod(score, b, h, i, j):
-                return score + pair_at(b, h, i, j)
-        elif mask is not None:
-
-            def score_mod(score, b, h, i, j):
-                return score + mask[b, j]
-        else:
-            score_mod = None
-
         attention = compiled_flex_attention()
+        score_mod = score_function(pair_bias, mask, case.rows)
+
+        pair_shape = None if pair_bias is None else inputs.pair_bias.shape
+
+        def canonical(name, tensor):
+            if name == "pair_bias":
+                return tensor.view(pair_shape)
+            return tensor.transpose(1, 2).unflatten(0, (case.batch, case.rows))
+
         return Call(
             lambda: attention(q, k, v, score_mod=score_mod),
             wanted_leaves(case, q, k, v, pair_bias),
             inputs.do.flatten(0, 1).transpose(1, 2).contiguous(),
-            lambda name, t: t if name == "pair_bias" else t.transpose(1, 2).unflatten(0, (case.batch, case.rows)),
+            canonical,
         )
 
 
