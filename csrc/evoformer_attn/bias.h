@@ -14,20 +14,36 @@ namespace ds4sci {
 
 DS4SCI_HOST_DEVICE constexpr int bias_pitch(int columns, int element_bytes) { return columns * element_bytes + kChunkBytes; }
 
+template <int kTileRows, int kCols, int kNumThreads, int kElementBytes>
+DS4SCI_DEVICE void load_bias_elements(uint32_t tile, const KernelParams& p, int64_t offset, int q, int key, int thread) {
+    constexpr int kChunks = kCols * kElementBytes / kChunkBytes, kPitch = bias_pitch(kCols, kElementBytes);
+    static_assert(kNumThreads % kChunks == 0, "a thread keeps its column");
+    // Every step of the loop moves by the same number of rows: one pointer per thread, no division.
+    constexpr int kRowStep = kNumThreads / kChunks;
+    const int chunk = thread % kChunks;
+    const int column = key + chunk * (kChunkBytes / kElementBytes);
+    const int available = (p.k_len - column) * kElementBytes;
+    const int bytes = available < 0 ? 0 : available < kChunkBytes ? available : kChunkBytes;
+    const unsigned char* base = static_cast<const unsigned char*>(p.pair_bias);
+    int row = thread / kChunks;
+    const unsigned char* source = base + (offset + (q + row) * p.pair_stride_q + column) * kElementBytes;
+    tile += row * kPitch + chunk * kChunkBytes;
+#pragma unroll 2
+    for (; row < kTileRows; row += kRowStep) {
+        const bool valid = bytes > 0 && q + row < p.q_len;
+        cp_async_16(tile, valid ? source : base, valid ? bytes : 0);
+        source += kRowStep * p.pair_stride_q * kElementBytes;
+        tile += kRowStep * kPitch;
+    }
+}
+
 // Copy kTileRows queries x kCols keys that start at (q, key); what lies outside [Lq, Lk] becomes zeros.
 template <int kTileRows, int kCols, int kNumThreads>
 DS4SCI_DEVICE void load_bias_tile(uint32_t tile, const KernelParams& p, int64_t offset, int q, int key, int thread) {
-    const int element_bytes = p.pair_element_bytes();
-    const int chunks = kCols * element_bytes / kChunkBytes, pitch = bias_pitch(kCols, element_bytes);
-    const int chunk_shift = element_bytes == 4 ? 2 : 3;  // log2 of elements in a chunk
-    const unsigned char* base = static_cast<const unsigned char*>(p.pair_bias);
-    for (int i = thread; i < kTileRows * chunks; i += kNumThreads) {
-        const int row = i / chunks, chunk = i % chunks;
-        const int column = key + (chunk << chunk_shift);
-        const int bytes = q + row < p.q_len ? (p.k_len - column) * element_bytes : 0;
-        const unsigned char* source = base + (offset + (q + row) * p.pair_stride_q + column) * element_bytes;
-        cp_async_16(tile + row * pitch + chunk * kChunkBytes, bytes > 0 ? source : base,
-                    bytes <= 0 ? 0 : bytes < kChunkBytes ? bytes : kChunkBytes);
+    if (p.pair_is_fp32()) {
+        load_bias_elements<kTileRows, kCols, kNumThreads, 4>(tile, p, offset, q, key, thread);
+    } else {
+        load_bias_elements<kTileRows, kCols, kNumThreads, 2>(tile, p, offset, q, key, thread);
     }
 }
 

@@ -44,10 +44,22 @@ struct RowLocation {
 
     DS4SCI_DEVICE static RowLocation of(const KernelParams& p, int group, int row_in_group) {
         RowLocation location;
-        location.valid = row_in_group < p.rows_per_group;
-        const int row = group * p.rows_per_group + (location.valid ? row_in_group : 0);
+        const int row = group * p.rows_per_group + row_in_group;
         location.b = row / p.rows;
         location.n = row % p.rows;
+        location.valid = row_in_group < p.rows_per_group;
+        return location;
+    }
+    // The row `distance` further on; row 0 of the sample, marked invalid, past the end of the group.
+    DS4SCI_DEVICE RowLocation next(const KernelParams& p, int row_in_group, int distance) const {
+        RowLocation location = *this;
+        location.n += distance;
+        while (location.n >= p.rows) {
+            location.n -= p.rows;
+            ++location.b;
+        }
+        location.valid = row_in_group + distance < p.rows_per_group;
+        if (!location.valid) location.b = location.n = 0;
         return location;
     }
     template <typename T>

@@ -23,7 +23,7 @@ DS4SCI_DEVICE void load_tile(uint32_t tile, const T* source, int64_t stride, int
     using Pitch = TilePitch<T, kHeadDim>;
     constexpr int kChunks = Pitch::kRowBytes / kChunkBytes;
     constexpr int kChunkElements = kChunkBytes / sizeof(T);
-#pragma unroll
+#pragma unroll 4  // more would keep the address of every copy in registers
     for (int first = 0; first < kTileRows * kChunks; first += kNumThreads) {
         const int i = first + thread;
         if (kTileRows * kChunks % kNumThreads != 0 && i >= kTileRows * kChunks) break;
@@ -77,7 +77,7 @@ DS4SCI_DEVICE void store_accumulator(T* dst, int64_t stride, int valid_rows, int
         store_pair<T>(scratch + (quad + 8) * Pitch::kBytes + column, acc[j][2] * factor_high, acc[j][3] * factor_high);
     }
     warp_sync();
-#pragma unroll
+#pragma unroll 4
     for (int i = lane; i < 16 * kChunks; i += 32) {
         const int row = i / kChunks, chunk = i % kChunks;
         const uint4 value = lds_u32x4(scratch + row * Pitch::kBytes + chunk * kChunkBytes);

@@ -69,7 +69,7 @@ struct TileMma<float, kHeadDim> {
         const uint32_t a_lane = a + (lane >> 2) * kPitch, b_lane = b + (lane & 3) * 2 * kPitch;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.f;
-#pragma unroll 4
+#pragma unroll 1  // unrolled, it spills at D = 128
         for (int d = 0; d < kHeadDim / 4; ++d) {
             const float4 a_low = lds_f32x4(a_lane + d * kChunkBytes);
             const float4 a_high = lds_f32x4(a_lane + 8 * kPitch + d * kChunkBytes);

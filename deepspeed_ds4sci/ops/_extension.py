@@ -16,9 +16,7 @@ from torch import Tensor
 
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
 _ALIGNMENT_BYTES = 16
-_POINTERS = (
-    "q k v mask_bias pair_bias o lse d_o dq dk dv dpair_bias dmask_bias workspace stream"
-).split()
+_POINTERS = ("q k v mask_bias pair_bias o lse d_o dq dk dv dpair_bias dmask_bias workspace stream").split()
 _ROW_STRIDES = "q_stride k_stride v_stride d_o_stride".split()
 _STRIDES = "mask_stride_b mask_stride_n mask_stride_k pair_stride_b pair_stride_h pair_stride_q".split()
 _INTS = (
@@ -141,7 +139,9 @@ class Extension:
         q_len = q.shape[-3]
         lse = lse[..., :q_len].reshape(*q5.shape[:2], q.shape[-2], q_len).contiguous()
         wanted = (True, True, True, db1.numel() > 0, db2.numel() > 0)
-        gradients = self.backward(do5, q5, k5, v5, _present(bias1), _present(bias2), o5, lse, q.shape[-1] ** -0.5, wanted)
+        gradients = self.backward(
+            do5, q5, k5, v5, _present(bias1), _present(bias2), o5, lse, q.shape[-1] ** -0.5, wanted
+        )
         for destination, gradient in zip((dq, dk, dv, db1, db2), gradients, strict=True):
             if gradient is not None:
                 destination.copy_(gradient.view_as(destination))
@@ -158,7 +158,9 @@ class Extension:
             status = function(ctypes.byref(params))
         if status != 0:
             reason = self._library.ds4sci_evoformer_status_string(status).decode()
-            raise RuntimeError(f"Evoformer attention kernel failed: {reason} (status {status}), q {tuple(like.shape)} {like.dtype}")
+            raise RuntimeError(
+                f"Evoformer attention kernel failed: {reason} (status {status}), q {tuple(like.shape)} {like.dtype}"
+            )
 
 
 def _make_params(q, k, v, mask_bias, pair_bias, o, lse, softmax_scale) -> _Params:
@@ -204,7 +206,10 @@ def _is_aligned(x: Tensor) -> bool:
     if x.data_ptr() % _ALIGNMENT_BYTES != 0 or (x.stride(-1) != 1 and x.shape[-1] > 1):
         return False
     size = x.element_size()
-    return all(n == 1 or stride * size % _ALIGNMENT_BYTES == 0 for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    return all(
+        n == 1 or stride * size % _ALIGNMENT_BYTES == 0
+        for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    )
 
 
 def _aligned_rows(x: Tensor) -> Tensor:

@@ -21,13 +21,15 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
 
     const WorkItem item = decode_work_item(blockIdx.x, ceil_div(p.k_len, Tile::kBlockN), ceil_div(p.rows_per_group, kRows), p.heads);
     const int key0 = item.tile * Tile::kBlockN;
-    const bool has_pair = p.pair_bias != nullptr;
+    const bool has_pair = p.pair_bias != nullptr, has_mask = p.mask_log2 != nullptr;
     const int64_t pair_base = has_pair ? pair_offset(p, item.group, item.head) : 0;
     const int pair_bytes = p.pair_element_bytes(), pitch = bias_pitch(Tile::kBlockN, pair_bytes);
     const int bias_stage_bytes = Tile::bias_bytes(pair_bytes);
 
-    auto row_location = [&](int r) { return RowLocation::of(p, item.group, item.row_block * kRows + r); };
+    const RowLocation first_row = RowLocation::of(p, item.group, item.row_block * kRows);
+    auto row_location = [&](int r) { return first_row.next(p, item.row_block * kRows, r); };
     auto key_of = [&](int r) { return smem + 2 * r * Tile::kKeyBytes; };  // K, then V
+    auto mask_of = [&](int r) { return smem + Tile::kMaskOffset + r * Tile::kBlockN * 4; };
     auto stage_of = [&](int q_tile) { return smem + Tile::kStageOffset + q_tile % Tile::kStages * Tile::kStageBytes; };
     auto refs_of = [&](int q_tile) { return stage_of(q_tile) + Tile::kRefsOffset; };
     auto bias_of = [&](int q_tile) { return smem + Tile::kBiasOffset + q_tile % Tile::kStages * bias_stage_bytes; };
@@ -37,7 +39,7 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
             load_bias_tile<Tile::kBlockM, Tile::kBlockN, kThreads>(bias_of(q_tile), p, pair_base, query, key0, thread);
             load_vector<Tile::kBlockM, kThreads>(refs_of(q_tile), pair_ref(p, item.group, item.head) + query, thread);
         }
-#pragma unroll
+#pragma unroll 1  // unrolled, the addresses of every copy stay in registers
         for (int r = 0; r < kRows; ++r) {
             const RowLocation row = row_location(r);
             const uint32_t stage = stage_of(q_tile) + r * Tile::kRowStageBytes;
@@ -55,7 +57,7 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
 
     const float scale_log2 = p.softmax_scale * kLog2E;
     float dk[kRows][kHeadDim / 8][4], dv[kRows][kHeadDim / 8][4];
-    float mask[kRows][2], dmask[kRows][2];  // of keys quad, quad + 8
+    float dmask[kRows][2];  // of keys quad, quad + 8
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         const RowLocation row = row_location(r);
@@ -66,11 +68,8 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
         load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(key_of(r) + Tile::kKeyBytes, v, p.v_stride.l, valid, p.head_dim, thread);
         zero_bias(dk[r]);
         zero_bias(dv[r]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            dmask[r][i] = 0.f;
-            mask[r][i] = p.mask_log2 == nullptr ? 0.f : row.mask(p)[key0 + warp * 16 + quad + 8 * i];
-        }
+        dmask[r][0] = dmask[r][1] = 0.f;
+        if (has_mask) load_vector<Tile::kBlockN, kThreads>(mask_of(r), row.mask(p) + key0, thread);
     }
     load_stage(0);
     cp_async_commit();
@@ -94,20 +93,29 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
             const uint32_t k = key_of(r) + warp * 16 * Tile::kPitch;
             const uint32_t q = stage_of(q_tile) + r * Tile::kRowStageBytes, d_o = q + Tile::kQueryBytes;
             const uint32_t stats = d_o + Tile::kQueryBytes + pair * 16;
-            float s[kTiles][4], dp[kTiles][4];
+            const uint32_t mask_address = mask_of(r) + (warp * 16 + quad) * 4;
+            const float mask[2] = {has_mask ? lds_f32(mask_address) : 0.f, has_mask ? lds_f32(mask_address + 32) : 0.f};
+            // S first, dP only when P is done: together they would not fit the registers.
+            float s[kTiles][4];
             Mma::product_abt(s, k, q, lane);
-            Mma::product_abt(dp, k + Tile::kKeyBytes, d_o, lane);
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
                 const float4 stat = lds_f32x4(stats + j * 64);  // {lse, delta} of two neighbouring queries
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float x = fmaf(s[j][e], scale_log2, bias[j][e]) + mask[r][e >> 1];
+                    const float x = fmaf(s[j][e], scale_log2, bias[j][e]) + mask[e >> 1];
                     s[j][e] = exp2_approx(x - (e & 1 ? stat.z : stat.x));
-                    dp[j][e] = s[j][e] * (dp[j][e] - (e & 1 ? stat.w : stat.y));
                 }
             }
             Mma::product_pb(dv[r], s, d_o, lane);
+            float dp[kTiles][4];
+            Mma::product_abt(dp, k + Tile::kKeyBytes, d_o, lane);
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+                const float4 stat = lds_f32x4(stats + j * 64);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) dp[j][e] = s[j][e] * (dp[j][e] - (e & 1 ? stat.w : stat.y));
+            }
             Mma::product_pb(dk[r], dp, q, lane);
             if (p.dmask_bias != nullptr) {
 #pragma unroll

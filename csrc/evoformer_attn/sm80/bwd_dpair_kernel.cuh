@@ -56,10 +56,10 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
     auto load_stage = [&](int i) {
         const RowLocation row = RowLocation::of(p, group, i);
         const uint32_t stage = stage_of(i);
-        const T* q = row.in<T>(p.q, p.q_stride, head) + q0 * p.q_stride.l;
-        const T* d_o = row.in<T>(p.d_o, p.d_o_stride, head) + q0 * p.d_o_stride.l;
-        const T* k = row.in<T>(p.k, p.k_stride, head) + key0 * p.k_stride.l;
-        const T* v = row.in<T>(p.v, p.v_stride, head) + key0 * p.v_stride.l;
+        const T* q = row.template in<T>(p.q, p.q_stride, head) + q0 * p.q_stride.l;
+        const T* d_o = row.template in<T>(p.d_o, p.d_o_stride, head) + q0 * p.d_o_stride.l;
+        const T* k = row.template in<T>(p.k, p.k_stride, head) + key0 * p.k_stride.l;
+        const T* v = row.template in<T>(p.v, p.v_stride, head) + key0 * p.v_stride.l;
         load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage, q, p.q_stride.l, p.q_len - q0, p.head_dim, thread);
         load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage + Tile::kQueryBytes, d_o, p.d_o_stride.l, p.q_len - q0, p.head_dim,
                                                         thread);
@@ -100,9 +100,8 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
             const uint32_t k = stage + 2 * Tile::kQueryBytes + c * Tile::kChunkN * Tile::kPitch;
-            float s[kTiles][4], dp[kTiles][4];
+            float s[kTiles][4];
             Mma::product_abt(s, query, k, lane);
-            Mma::product_abt(dp, query + Tile::kQueryBytes, k + Tile::kKeyBytes, lane);
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -112,9 +111,15 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
+                for (int e = 0; e < 4; ++e) s[j][e] = exp2_approx(s[j][e] - (e >> 1 ? stat_high.x : stat_low.x));
+            }
+            float dp[kTiles][4];
+            Mma::product_abt(dp, query + Tile::kQueryBytes, k + Tile::kKeyBytes, lane);
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float2 stat = e >> 1 ? stat_high : stat_low;
-                    sum[c][j][e] = fmaf(exp2_approx(s[j][e] - stat.x), dp[j][e] - stat.y, sum[c][j][e]);
+                    sum[c][j][e] = fmaf(s[j][e], dp[j][e] - (e >> 1 ? stat_high.y : stat_low.y), sum[c][j][e]);
                 }
             }
         }

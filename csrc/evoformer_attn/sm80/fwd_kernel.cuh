@@ -26,13 +26,14 @@ evoformer_fwd_kernel(const __grid_constant__ KernelParams p) {
     const int pair_bytes = p.pair_element_bytes(), pitch = bias_pitch(Tile::kBlockN, pair_bytes);
     const int bias_stage_bytes = Tile::bias_bytes(pair_bytes);
 
-    auto row_location = [&](int r) { return RowLocation::of(p, item.group, item.row_block * kRows + r); };
+    const RowLocation first_row = RowLocation::of(p, item.group, item.row_block * kRows);
+    auto row_location = [&](int r) { return first_row.next(p, item.row_block * kRows, r); };
     auto stage_of = [&](int key_tile) { return smem + Tile::kStageOffset + key_tile % Tile::kStages * Tile::kStageBytes; };
     auto bias_of = [&](int key_tile) { return smem + Tile::kBiasOffset + key_tile % Tile::kStages * bias_stage_bytes; };
     auto load_stage = [&](int key_tile) {
         const int key = key_tile * Tile::kBlockN;
         if (has_pair) load_bias_tile<Tile::kBlockM, Tile::kBlockN, kThreads>(bias_of(key_tile), p, pair_base, q0, key, thread);
-#pragma unroll
+#pragma unroll 1  // unrolled, the addresses of every copy stay in registers
         for (int r = 0; r < kRows; ++r) {
             const RowLocation row = row_location(r);
             const uint32_t stage = stage_of(key_tile) + r * Tile::kRowStageBytes;

@@ -48,7 +48,7 @@ struct BwdDqTile {
     static constexpr int kNumWarps = sizeof(T) * kHeadDim <= 256 ? 4 : 2;
     static constexpr int kNumThreads = kNumWarps * 32;
     static constexpr int kBlockM = kNumWarps * 16;
-    static constexpr int kBlockN = 32;
+    static constexpr int kBlockN = sizeof(T) * kHeadDim <= 256 ? 32 : 16;
     static constexpr int kStages = sizeof(T) * kHeadDim <= 256 ? 2 : 1;
     static constexpr int kMinBlocks = sizeof(T) == 2 && kHeadDim <= 32 ? 3 : sizeof(T) * kHeadDim <= 128 ? 2 : 1;
 
@@ -74,7 +74,7 @@ struct BwdDkvTile {
     static constexpr int kNumWarps = sizeof(T) * kHeadDim <= 256 ? 4 : 2;
     static constexpr int kNumThreads = kNumWarps * 32;
     static constexpr int kBlockN = kNumWarps * 16;                             // keys
-    static constexpr int kBlockM = sizeof(T) == 4 && kHeadDim > 64 ? 16 : 32;  // queries
+    static constexpr int kBlockM = sizeof(T) * kHeadDim <= 256 ? 32 : 8;  // queries
     static constexpr int kStages = sizeof(T) * kHeadDim <= 256 ? 2 : 1;
     static constexpr int kMinBlocks = sizeof(T) == 2 && kHeadDim <= 32 ? 3 : sizeof(T) * kHeadDim <= 128 ? 2 : 1;
 
@@ -84,7 +84,8 @@ struct BwdDkvTile {
     static constexpr int kRowStageBytes = 2 * kQueryBytes + kBlockM * 8;  // Q, dO, statistics of one row
     static constexpr int kRefsOffset = kRows * kRowStageBytes;            // row references of the pair bias
     static constexpr int kStageBytes = kRefsOffset + kBlockM * 4;
-    static constexpr int kStageOffset = 2 * kRows * kKeyBytes;
+    static constexpr int kMaskOffset = 2 * kRows * kKeyBytes;  // of the block's keys: registers are scarcer than loads here
+    static constexpr int kStageOffset = kMaskOffset + kRows * kBlockN * 4;
     static constexpr int kBiasOffset = kStageOffset + kStages * kStageBytes;
     DS4SCI_HOST_DEVICE static constexpr int bias_bytes(int element_bytes) {
         return element_bytes == 0 ? 0 : kBlockM * bias_pitch(kBlockN, element_bytes);
@@ -101,9 +102,9 @@ struct BwdDpairTile {
     static constexpr int kNumThreads = kNumWarps * 32;
     static constexpr int kBlockM = kNumWarps * 16;
     static constexpr int kBlockN = sizeof(T) * kHeadDim <= 256 ? 64 : 32;
-    static constexpr int kChunkN = 32;  // keys whose S and dP are in registers at a time
+    static constexpr int kChunkN = sizeof(T) * kHeadDim <= 256 ? 32 : 16;  // keys whose S and dP are in registers at a time
     static constexpr int kStages = sizeof(T) * kHeadDim <= 128 ? 2 : 1;
-    static constexpr int kMinBlocks = sizeof(T) == 2 && kHeadDim <= 32 ? 2 : 1;
+    static constexpr int kMinBlocks = 1;
 
     static constexpr int kPitch = TilePitch<T, kHeadDim>::kBytes;
     static constexpr int kQueryBytes = kBlockM * kPitch;  // Q or dO

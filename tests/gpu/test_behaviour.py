@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds the CUDA kernels: determinism, copies, streams, graphs, compile, autocast, DeepSpeed's entry points."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from deepspeed_ds4sci import evoformer_attention
+from deepspeed_ds4sci.ops._dispatch import choose, problem_of
+from deepspeed_ds4sci.ops._extension import extension
+from tests.helpers import shapes
+from tests.helpers.inputs import make_inputs
+from tests.helpers.numerics import check_against_eager, run_op
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = shapes.AttentionShape("medium", 1, 33, 130, 130, 4, 32, "tails and several tiles")
+
+
+def attend(inputs, implementation="sm80"):
+    return evoformer_attention(
+        inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=inputs.pair_bias, implementation=implementation
+    )
+
+
+def test_the_fastest_implementation_here_is_compiled():
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    assert choose(problem_of(inputs.q, inputs.k)).name in ("sm90", "sm80")
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+def test_twenty_runs_give_the_same_bits(dtype):
+    inputs = make_inputs(SHAPE, dtype, "cuda")
+    first = run_op(inputs, "sm80")
+    for _ in range(19):
+        again = run_op(inputs, "sm80")
+        for name, tensor in first.tensors.items():
+            assert torch.equal(again[name], tensor), name
+
+
+def test_same_bits_beside_other_work():
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    first = run_op(inputs, "sm80")
+    side, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    with torch.cuda.stream(side):
+        for _ in range(20):
+            noise = noise @ noise
+    again = run_op(inputs, "sm80")
+    for name, tensor in first.tensors.items():
+        assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize("layout", ("ending_node", "packed_qkv", "heads_first"))
+def test_aligned_views_are_not_copied(layout):
+    """Peak memory of a view equals that of contiguous tensors: no hidden copies, forward and backward."""
+    shape = shapes.AttentionShape("square", 1, 256, 256, 256, 4, 32, "triangle")
+
+    def peak(layout):
+        inputs = make_inputs(shape, torch.bfloat16, "cuda", layout=layout)
+        run_op(inputs, "sm80")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_op(inputs, "sm80")
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(layout) == peak("contiguous")
+
+
+def test_extra_memory_grows_with_length_not_its_square():
+    shape = shapes.BY_NAME["triangle-1024"]
+    inputs = make_inputs(shape, torch.bfloat16, "cuda", mask="additive")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o = attend(inputs)
+    torch.autograd.grad(o, (inputs.q, inputs.k, inputs.v, inputs.pair_bias), inputs.do)
+    assert (torch.cuda.max_memory_allocated() - before) / 2**20 <= 1150
+
+
+def test_gradient_of_a_sum_has_zero_strides():
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    expected = torch.autograd.grad(attend(inputs), inputs.q, torch.ones_like(inputs.do))[0]
+    actual = torch.autograd.grad(attend(inputs).sum(), inputs.q)[0]
+    assert torch.equal(actual, expected)
+
+
+def test_unwanted_gradients_change_nothing():
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    every = run_op(inputs, "sm80")
+    for name, tensor in inputs.differentiable().items():
+        alone = torch.autograd.grad(attend(inputs), tensor, inputs.do)[0]
+        assert torch.equal(alone, every[f"d{name}"]), name
+
+
+def test_side_stream():
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    expected = run_op(inputs, "sm80")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # The inputs' last value arrives late on this stream: a launch elsewhere would read the zeros.
+        late = inputs.q.detach().clone()
+        inputs.q.data.zero_()
+        torch.cuda._sleep(50_000_000)
+        inputs.q.data.copy_(late)
+        actual = run_op(inputs, "sm80")
+    stream.synchronize()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_second_device():
+    assert torch.cuda.current_device() == 0
+    check_against_eager(make_inputs(SHAPE, torch.bfloat16, "cuda:1"), "sm80")
+    assert torch.cuda.current_device() == 0
+
+
+def test_cuda_graph_replays_forward_and_backward():
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    sources = list(inputs.differentiable().values())
+
+    def step():
+        o = attend(inputs)
+        return (o, *torch.autograd.grad(o, sources, inputs.do))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    fresh = make_inputs(SHAPE, torch.bfloat16, "cuda", seed=1)
+    for old, new in zip((*sources, inputs.do), (*fresh.differentiable().values(), fresh.do), strict=True):
+        old.data.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, actual in zip(run_op(fresh, "sm80").tensors.items(), captured, strict=True):
+        assert torch.equal(actual, name[1]), name[0]
+
+
+def test_compile_fullgraph():
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    compiled = torch.compile(attend, fullgraph=True)
+    sources = list(inputs.differentiable().values())
+    actual = torch.autograd.grad(compiled(inputs), sources, inputs.do)
+    expected = torch.autograd.grad(attend(inputs), sources, inputs.do)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_activation_checkpointing():
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    sources = list(inputs.differentiable().values())
+    actual = torch.autograd.grad(checkpoint(attend, inputs, use_reentrant=False), sources, inputs.do)
+    expected = torch.autograd.grad(attend(inputs), sources, inputs.do)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_computes_in_16_bits():
+    inputs = make_inputs(SHAPE, torch.float32, "cuda", mask="fp32", pair="fp32")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        o = attend(inputs)
+    assert o.dtype == torch.bfloat16
+    grads = torch.autograd.grad(o, (inputs.q, inputs.pair_bias), inputs.do.bfloat16())
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("mask, pair", (("none", "none"), ("additive", "none"), ("bool", "contiguous"), ("additive", "contiguous")))
+def test_opcheck(mask, pair):
+    shape = shapes.AttentionShape("tiny", 1, 2, 17, 19, 2, 16, "opcheck")
+    inputs = make_inputs(shape, torch.bfloat16, "cuda", mask=mask, pair=pair)
+    torch.library.opcheck(
+        torch.ops.deepspeed_ds4sci.evoformer_attn_fwd.default, (*inputs.tensors(), shape.head_dim**-0.5, "sm80")
+    )
+
+
+def test_deepspeed_entry_points():
+    """DeepSpeed's own Python wrapper can run on our library: same call, same buffers."""
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    expected = run_op(inputs, "sm80")
+    q, k, v, mask, pair = (x.detach() for x in inputs.tensors())
+    o = torch.empty_like(q)
+    lse = torch.empty((33, 4, 160), dtype=torch.float32, device="cuda")
+    extension().attention(q, k, v, mask, pair, o, lse)
+    assert torch.equal(o, expected["o"])
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    db1, db2 = (torch.zeros_like(x, dtype=torch.float32) for x in (mask, pair))
+    extension().attention_bwd(inputs.do, q, k, v, o, lse, torch.empty_like(lse), mask, pair, dq, dk, dv, db1, db2)
+    for name, actual in (("dq", dq), ("dk", dk), ("dv", dv)):
+        assert torch.equal(actual, expected[name]), name
+    assert torch.equal(db1.bfloat16(), expected["dmask_bias"])
+    assert torch.equal(db2.bfloat16(), expected["dpair_bias"])
