@@ -65,7 +65,8 @@ def draw(record: dict, path: Path) -> None:
             if not line:
                 continue
             ours = name in record["ours"]
-            axis.plot(*zip(*line, strict=True), marker="o", label=name, linewidth=2.5 if ours else 1.2)
+            style = {"linewidth": 2.5, "zorder": 3} if ours else {"linewidth": 1.2}
+            axis.plot(*zip(*line, strict=True), marker="o", label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel="L", title=label)
         ticks = sorted({result["case"]["q_len"] for result in results})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])

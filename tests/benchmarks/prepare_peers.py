@@ -56,11 +56,12 @@ SMALL_WHEELS = (
     "sortedcontainers",
     "tqdm",
     "trifast==0.1.13",
+    "typing-extensions",
     "typing-inspection",
     "wadler-lindig",
 )
-# An older one than this counts as missing: it cannot read this project's pyproject.toml.
-OLDEST = {"setuptools": 77}
+# An older one counts as missing: the project file needs the first, pydantic the second.
+OLDEST = {"setuptools": (77, 0), "typing_extensions": (4, 16)}
 CUEQUIVARIANCE_WHEELS = (
     "cuequivariance==0.13.0",
     "cuequivariance-torch==0.13.0",
@@ -164,7 +165,7 @@ def is_missing(wheel: Path) -> bool:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return True
-    return int(version.split(".")[0]) < OLDEST.get(name, 0)
+    return tuple(int(number) for number in version.split(".")[:2]) < OLDEST.get(name, (0, 0))
 
 
 def create_environment(folder: Path) -> Path:
@@ -179,13 +180,16 @@ def create_environment(folder: Path) -> Path:
 def install(wheels: Path, folder: Path = ENVIRONMENT) -> None:
     """Creates `folder` with the wheels that are missing and this project in editable form; asks no registry.
 
-    Installs one wheel after the other: a peer that cannot be installed becomes a missing result, not a failure.
+    If one wheel does not install, the others still do: a peer without it becomes a missing result.
     """
     python = create_environment(folder)
     offline = (str(python), "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir")
-    for wheel in filter(is_missing, sorted(wheels.glob("*.whl"))):
-        finished = subprocess.run([*offline, "--upgrade", str(wheel)])
-        print("installed" if finished.returncode == 0 else "COULD NOT INSTALL", *wheel.name.split("-")[:2], flush=True)
+    missing = [wheel for wheel in sorted(wheels.glob("*.whl")) if is_missing(wheel)]
+    if missing and subprocess.run([*offline, "--upgrade", *missing]).returncode != 0:
+        for wheel in missing:
+            if subprocess.run([*offline, "--upgrade", wheel]).returncode != 0:
+                print(f"COULD NOT INSTALL {wheel.name}", flush=True)
+    print("asked for:", *("-".join(wheel.name.split("-")[:2]) for wheel in missing))
     subprocess.run([*offline, "--no-build-isolation", "-e", str(ROOT)], check=True)
     print(f"ready: {python}")
 

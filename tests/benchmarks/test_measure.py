@@ -9,7 +9,7 @@ import torch
 from tests.benchmarks.case import Case
 from tests.benchmarks.measure import Bench, Result, Settings, first_line, rounded
 from tests.benchmarks.peers import PEERS, Peer
-from tests.benchmarks.timing import MAX_REPS, MIN_REPS, CpuClock, repetitions, summarize
+from tests.benchmarks.timing import MAX_REPS, MIN_REPS, CpuClock, CudaClock, repetitions, summarize
 from tests.helpers.shapes import AttentionShape
 
 CASE = Case.of(AttentionShape("tiny", 1, 3, 8, 8, 2, 8, "test"), "fp32", "random", True)
@@ -133,3 +133,21 @@ def test_cpu_clock_warms_up_first():
     calls = []
     timing = CpuClock().time(lambda: calls.append(1), 0.0)
     assert len(calls) == timing.reps + 2 and CpuClock.extra_memory(lambda: None) is None
+
+
+class CountedCudaClock(CudaClock):
+    """The device clock with made-up times in place of events."""
+
+    def __init__(self, milliseconds: float):
+        self.milliseconds, self.runs = milliseconds, 0
+
+    def _events(self, run, reps):
+        self.runs += reps
+        return [self.milliseconds] * reps
+
+
+@pytest.mark.parametrize(("length", "reps"), [(300.0, 3), (50.0, 5), (1.0, 201)])
+def test_device_clock_spends_little_on_slow_runs(length, reps):
+    clock = CountedCudaClock(length)
+    assert clock.time(lambda: None, 200.0).reps == reps
+    assert clock.runs <= max(3, 1 + 1.3 * reps + MIN_REPS)

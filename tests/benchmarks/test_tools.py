@@ -54,7 +54,7 @@ def test_install_asks_no_registry_and_survives_a_bad_wheel(monkeypatch, tmp_path
     (project / "ds4sci_probe.py").write_text("answer = 42\n")
     monkeypatch.setattr(prepare_peers, "ROOT", project)
     prepare_peers.install(tmp_path, tmp_path / "venv")
-    assert "COULD NOT INSTALL no_such_project 1" in capsys.readouterr().out
+    assert "COULD NOT INSTALL no_such_project-1-py3-none-any.whl" in capsys.readouterr().out
     code = "import ds4sci_probe, torch; print(ds4sci_probe.answer)"  # torch: of the interpreter below
     found = subprocess.run([tmp_path / "venv" / "bin" / "python", "-c", code], capture_output=True, text=True)
     assert found.stdout == "42\n", found.stderr

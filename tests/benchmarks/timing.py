@@ -56,12 +56,11 @@ class CudaClock:
         return [start.elapsed_time(end) for start, end in pairs]
 
     def time(self, run: Callable[[], object], min_ms: float) -> Timing:
-        for _ in range(2):  # compilation, autotuning, allocator
-            run()
-        torch.cuda.synchronize()
-        estimate = statistics.median(self._events(run, 3))
-        if estimate < 10:  # lets clocks settle
-            self._events(run, repetitions(estimate, min_ms / 4))
+        run()
+        (estimate,) = self._events(run, 1)
+        if estimate >= min_ms:  # slow peers at large sizes: every further run costs seconds
+            return summarize([estimate, *self._events(run, 2)])
+        self._events(run, repetitions(estimate, min_ms / 4))  # lets clocks and allocator settle
         return summarize(self._events(run, repetitions(estimate, min_ms)))
 
     @staticmethod
