@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation runs: one table, fastest first, decided from sizes alone and so testable without a GPU."""
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .reference import REFERENCE
+
+logger = logging.getLogger("deepspeed_ds4sci")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Everything the choice may depend on; no tensors."""
+
+    device_type: str  # "cuda", "cpu", ...
+    capability: tuple[int, int] | None  # compute capability of a CUDA device, else None
+    dtype: torch.dtype  # of q, k, v
+    batch: int
+    rows: int
+    q_len: int
+    k_len: int
+    heads: int
+    head_dim: int
+
+
+class Implementation(Protocol):
+    """One way to compute the op. Tensors are laid out as in `evoformer_attention`; none is empty.
+
+    q, k, v and do come with a unit last stride and any other strides, 0 included; biases come with any strides.
+    Everything returned is contiguous.
+    """
+
+    name: str
+
+    def unsupported_reason(self, problem: Problem) -> str | None:
+        """None if this implementation can run `problem`, else why it cannot."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """o [B, N, Lq, H, D] and lse [B, N, H, Lq], fp32 (fp64 for fp64); only this class's `backward` reads lse."""
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask_bias: Tensor | None,
+        pair_bias: Tensor | None,
+        o: Tensor,
+        lse: Tensor,
+        softmax_scale: float,
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """dq, dk, dv, dmask_bias, dpair_bias in the shape and dtype of their inputs; None where `wanted` is False."""
+
+
+class Unavailable:
+    """A row of the table that never runs and says why."""
+
+    def __init__(self, name: str, reason: str):
+        self.name = name
+        self.reason = reason
+
+    def unsupported_reason(self, problem: Problem) -> str:
+        return self.reason
+
+    def forward(self, *args):
+        raise NotImplementedError(f'implementation "{self.name}" cannot run: {self.reason}')
+
+    backward = forward
+
+
+def _portable_cuda() -> Implementation:
+    try:
+        from .sm80 import SM80
+    except ImportError as error:
+        return Unavailable("sm80", f"its Python module does not import: {error}")
+    return SM80
+
+
+@lru_cache(maxsize=1)
+def implementations() -> tuple[Implementation, ...]:
+    """The table, fastest first. The last row is never chosen unless named."""
+    from .tiled import TILED
+
+    return (Unavailable("sm90", "the Hopper path is not part of this version"), _portable_cuda(), TILED, REFERENCE)
+
+
+def explain(problem: Problem) -> list[tuple[str, str | None]]:
+    """(name, None or why it cannot run `problem`) for every row of the table."""
+    return [(entry.name, entry.unsupported_reason(problem)) for entry in implementations()]
+
+
+_announced: set[tuple] = set()
+
+
+def _announce(problem: Problem, chosen: str, refused: tuple[tuple[str, str], ...]) -> None:
+    key = (problem.device_type, problem.capability, chosen, refused)
+    if key in _announced:
+        return
+    _announced.add(key)
+    device = problem.device_type
+    if problem.capability is not None:
+        device += " with compute capability {}.{}".format(*problem.capability)
+    reasons = "".join(f"; not {name}: {reason}" for name, reason in refused)
+    logger.info('evoformer_attention on %s runs "%s"%s', device, chosen, reasons)
+
+
+def _named(problem: Problem, requested: str) -> Implementation:
+    names = [entry.name for entry in implementations()]
+    if requested not in names:
+        raise ValueError(f"implementation must be None or one of {', '.join(names)}, got {requested!r}")
+    entry = implementations()[names.index(requested)]
+    reason = entry.unsupported_reason(problem)
+    if reason is not None:
+        raise NotImplementedError(f'implementation "{requested}" cannot run this problem: {reason}')
+    return entry
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, requested: str | None = None) -> Implementation:
+    """The implementation that runs `problem`.
+
+    Args:
+        problem: sizes, dtype and device.
+        requested: a name, honoured or refused; None for the fastest that can run, never "reference".
+
+    Raises:
+        ValueError: `requested` is not a name in the table.
+        NotImplementedError: the named implementation, or every implementation, cannot run `problem`; with the reasons.
+
+    Decisions are kept per (problem, requested). The first of a kind writes one INFO line to log "deepspeed_ds4sci".
+    """
+    if requested is not None:
+        return _named(problem, requested)
+    refused = []
+    for entry in implementations()[:-1]:
+        reason = entry.unsupported_reason(problem)
+        if reason is None:
+            _announce(problem, entry.name, tuple(refused))
+            return entry
+        refused.append((entry.name, reason))
+    raise NotImplementedError(
+        "no implementation can run this problem: " + "; ".join(f"{name}: {reason}" for name, reason in refused)
+    )
+
+
+def forget_choices() -> None:
+    """Look at the table again, for instance after the compiled extension has been built in this process."""
+    choose.cache_clear()
+    implementations.cache_clear()
+    _announced.clear()
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def problem_of(q: Tensor, k: Tensor) -> Problem:
+    """The `Problem` of q [B, N, Lq, H, D] and k [B, N, Lk, H, D]."""
+    batch, rows, q_len, heads, head_dim = q.shape
+    return Problem(q.device.type, _capability(q.device), q.dtype, batch, rows, q_len, k.shape[2], heads, head_dim)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public op: checks its arguments, brings unusual forms to the canonical one, makes one call."""
+
+import torch
+from torch import Tensor
+
+from ._custom_op import evoformer_attn
+
+MAX_HEAD_DIM = 128
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _require_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require_tensor(name, x)
+        if x.dim() != 5:
+            raise ValueError(f"{name} must have 5 axes [B, N, L, H, D], got shape {list(x.shape)}")
+        if x.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q = {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q = {q.device}, got {x.device}")
+    batch, rows, _, heads, head_dim = q.shape
+    expected = (batch, rows, k.shape[2], heads, head_dim)
+    if k.shape != expected:
+        form = f"[B, N, Lk, H, D] = [{batch}, {rows}, Lk, {heads}, {head_dim}]"
+        raise ValueError(f"k must be {form}, got {list(k.shape)}")
+    if v.shape != expected:
+        raise ValueError(f"v must have the shape of k = {list(k.shape)}, got {list(v.shape)}")
+    if head_dim > MAX_HEAD_DIM:
+        raise NotImplementedError(f"the head dim of q must be at most {MAX_HEAD_DIM}, got {head_dim}")
+
+
+def _check_bias(name: str, form: str, bias: Tensor, expected: tuple[int, ...], q: Tensor, allow_bool: bool) -> None:
+    """`expected`: full sizes; where `form` allows 1 any entry of `bias` may be 1 instead."""
+    _require_tensor(name, bias)
+    allowed = (q.dtype, torch.float32) + ((torch.bool,) if allow_bool else ())
+    if bias.dtype not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(str(d) for d in dict.fromkeys(allowed))}, got {bias.dtype}")
+    if bias.device != q.device:
+        raise ValueError(f"{name} must be on the device of q = {q.device}, got {bias.device}")
+    num_broadcast = 2 if allow_bool else 3  # mask: B, N; pair bias: B, N, H
+    if bias.dim() != 5 or any(
+        got != want and not (got == 1 and axis < num_broadcast)
+        for axis, (got, want) in enumerate(zip(bias.shape, expected, strict=True))
+    ):
+        raise ValueError(f"{name} must be {form} = {list(expected)}, got {list(bias.shape)}")
+
+
+class _SharedOverRows(torch.autograd.Function):
+    """A pair bias [B, N, H, Lq, Lk] that is one [B, 1, H, Lq, Lk] repeated with stride 0, without the repetition.
+
+    The N copies of an element are one number in memory, so only the sum of their gradients means anything, and whoever
+    expanded the bias adds them up. The gradient is therefore returned as the total, divided evenly over the copies and
+    again repeated with stride 0: nothing of size N is ever stored.
+    """
+
+    @staticmethod
+    def forward(ctx, pair_bias):
+        ctx.rows = pair_bias.shape[1]
+        return pair_bias.narrow(1, 0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad / ctx.rows).expand(-1, ctx.rows, -1, -1, -1)
+
+
+def _under_autocast(q, k, v, mask_bias, pair_bias):
+    """q, k, v in the autocast dtype; a bias that is then neither of that dtype nor fp32 follows."""
+    device_type = q.device.type
+    if not torch.is_autocast_enabled(device_type) or q.dtype == torch.float64:
+        return q, k, v, mask_bias, pair_bias
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def follow(bias):
+        keep = bias is None or bias.dtype in (dtype, torch.float32, torch.bool)
+        return bias if keep else bias.to(dtype)
+
+    return q.to(dtype), k.to(dtype), v.to(dtype), follow(mask_bias), follow(pair_bias)
+
+
+def _rows_as_batch(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
+    """A pair bias [B|1, N, H, Lq, Lk] that differs from row to row: rows become batch entries with their own bias."""
+    batch, rows = q.shape[:2]
+    if pair_bias.shape[0] == 1:  # [N, B, ...]: views only
+        q, k, v, pair_bias = (x.transpose(0, 1) for x in (q, k, v, pair_bias))
+        mask_bias = None if mask_bias is None else mask_bias.transpose(0, 1)
+        o = evoformer_attn(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
+        return o.transpose(0, 1).contiguous()
+
+    def fold(x):  # [B*N, 1, ...]
+        return x.expand(batch, rows, *x.shape[2:]).reshape(batch * rows, 1, *x.shape[2:])
+
+    mask_bias = None if mask_bias is None else fold(mask_bias)
+    o = evoformer_attn(fold(q), fold(k), fold(v), mask_bias, fold(pair_bias), softmax_scale, implementation)
+    return o.view(batch, rows, *o.shape[2:])
+
+
+def evoformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask_bias: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Attention over L with two broadcast biases, as used in the Evoformer.
+
+    o = softmax(softmax_scale * q k^T + mask_bias + pair_bias) v, independently for each batch, row and head.
+
+    Axes: B batch, N rows, L attended length (Lq queries, Lk keys), H heads, D head dim.
+
+    Args:
+        q: [B, N, Lq, H, D]; k, v: [B, N, Lk, H, D]; fp16, bf16, fp32 or fp64 (fp64 on the CPU), D <= 128, same device.
+            Any strides; a last axis that is not contiguous is copied.
+        mask_bias: [B, N, 1, 1, Lk], dtype of q or fp32, added to every head and query; or bool, True = keep.
+            B and N may be 1.
+        pair_bias: [B, 1, H, Lq, Lk], dtype of q or fp32. Shared by all rows; its gradient is summed over N in fp32.
+            B and H may be 1 (shared over samples, heads). [B, N, H, Lq, Lk] is taken too: free if it is an
+            expanded view, else each row is computed with its own bias.
+        softmax_scale: multiplies q k^T. Default: D ** -0.5.
+        implementation: "sm90", "sm80", "tiled", "reference", or None for the fastest supported here (never
+            "reference"); the first choice of a kind is logged at level INFO by "deepspeed_ds4sci".
+
+    Returns:
+        o [B, N, Lq, H, D], dtype of q (of autocast inside such a region), contiguous. Extra memory grows with L, not
+        L^2, except for "reference". A key is dropped where either bias is -inf; a row with no key left gives 0 and
+        zero gradients. Gradients are bit-identical from run to run; second derivatives go through "reference".
+
+    Raises:
+        ValueError: a shape, dtype or device does not match; the message gives argument, expected, got.
+        NotImplementedError: D > 128, or the named implementation does not support this device, dtype or size.
+
+    Source: Jumper et al. 2021, Supplementary Algorithms 7, 8, 13, 14.
+    """
+    _require_tensor("q", q)
+    q, k, v, mask_bias, pair_bias = _under_autocast(q, k, v, mask_bias, pair_bias)
+    _check_qkv(q, k, v)
+    batch, rows, q_len, heads, head_dim = q.shape
+    k_len = k.shape[2]
+    if mask_bias is not None:
+        _check_bias("mask_bias", "[B, N, 1, 1, Lk]", mask_bias, (batch, rows, 1, 1, k_len), q, True)
+    softmax_scale = (max(head_dim, 1) ** -0.5) if softmax_scale is None else float(softmax_scale)
+    if pair_bias is not None:
+        _require_tensor("pair_bias", pair_bias)
+        per_row = pair_bias.dim() == 5 and pair_bias.shape[1] == rows and rows != 1
+        form, bias_rows = ("[B, N, H, Lq, Lk]", rows) if per_row else ("[B, 1, H, Lq, Lk]", 1)
+        _check_bias("pair_bias", form, pair_bias, (batch, bias_rows, heads, q_len, k_len), q, False)
+        if per_row and pair_bias.stride(1) == 0:
+            pair_bias = _SharedOverRows.apply(pair_bias)
+        elif per_row:
+            return _rows_as_batch(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
+    return evoformer_attn(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
