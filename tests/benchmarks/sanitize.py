@@ -33,6 +33,7 @@ class Small:
     head_dim: int = 32
     mask: str = "float"  # "float" (with its gradient), "bool" or "none"
     pair: str = "full"  # "full", "heads" (broadcast over H) or "none"
+    bias_dtype: torch.dtype | None = None  # None: that of q
     layout: str = "plain"  # "plain", "ending" (transposed view) or "packed" (slices of one projection)
 
 
@@ -41,6 +42,10 @@ VARIANTS = (
     Small(mask="bool", pair="none"),
     Small(mask="none"),
     Small(mask="bool", pair="heads"),
+    Small(bias_dtype=torch.float32),
+    Small(rows=1),
+    Small(rows=1, head_dim=16),
+    Small(rows=3, head_dim=16),
     Small(rows=1, q_len=1, k_len=129),
     Small(rows=3, q_len=129, k_len=17),
     Small(batch=2, rows=5, q_len=64, k_len=64),
@@ -75,15 +80,18 @@ def run(dtype: torch.dtype, small: Small, implementation: str, device: str) -> N
     q, k, v = _qkv(small, dtype, device)
     keep = torch.rand(small.batch, small.rows, 1, 1, small.k_len) > 0.2
     keep[:, 0] = False  # a row without any key
+    bias_dtype = small.bias_dtype or dtype
     mask_bias = None
     if small.mask == "bool":
         mask_bias = keep.to(device)
     elif small.mask == "float":
-        mask_bias = torch.where(keep, 0.0, -torch.inf).to(device, dtype).requires_grad_()
+        mask_bias = torch.where(keep, 0.0, -torch.inf).to(device, bias_dtype).requires_grad_()
     pair_bias = None
     if small.pair != "none":
         heads = small.heads if small.pair == "full" else 1
-        pair_bias = torch.randn(small.batch, 1, heads, small.q_len, small.k_len).to(device, dtype).requires_grad_()
+        pair_bias = (
+            torch.randn(small.batch, 1, heads, small.q_len, small.k_len).to(device, bias_dtype).requires_grad_()
+        )
     o = evoformer_attention(q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, implementation=implementation)
     wanted = [x for x in (q, k, v, mask_bias, pair_bias) if x is not None and x.requires_grad]
     results = torch.autograd.grad(o, wanted, torch.randn(o.shape).to(device, dtype))
