@@ -26,6 +26,7 @@ SUPPORTED_DEEPSPEED = ">=0.19.8,<0.20"
 _BUILDER = "EvoformerAttnBuilder"
 _BUILDER_MODULE = "deepspeed_ds4sci.op_builder.evoformer_attn"
 _OP = "DS4Sci_EvoformerAttention"
+_OP_MODULE = "deepspeed.ops.deepspeed4science.evoformer_attn"
 _ROW = "evoformer_attn"
 
 _MISSING = object()
@@ -71,7 +72,7 @@ def disable():
     for container, key, original in reversed(_state.replaced.values()):
         _write(container, key, original)
     _state.replaced.clear()
-    _rebind_builder_names()
+    _rebind_builders()
 
 
 def enabled():
@@ -173,28 +174,29 @@ def _hook_op_builder(module):
     """deepspeed.ops.op_builder binds the builders once, at import: bind ours where that was earlier."""
     builder = _builder_class()
     if builder is not None and _accelerator_is_hooked():
-        setattr(module, _BUILDER, builder)  # put back by _rebind_builder_names
+        setattr(module, _BUILDER, builder)  # put back by _rebind_builders
 
 
 def _hook_all_ops(module):
     """The rows of ds_report. The scan for the CPU accelerator leaves our op out."""
     builder = _builder_class()
     if builder is not None and _accelerator_is_hooked():
-        module.ALL_OPS[_ROW] = builder()  # put back by _rebind_builder_names
+        module.ALL_OPS[_ROW] = builder()  # put back by _rebind_builders
 
 
-def _rebind_builder_names():
+def _rebind_builders():
     """After disable(): asks the accelerator, which is DeepSpeed's own again, for what it would have handed out."""
-    op_builder = sys.modules.get("deepspeed.ops.op_builder")
-    all_ops = sys.modules.get("deepspeed.ops.op_builder.all_ops")
-    if op_builder is None or _BUILDER_MODULE not in sys.modules:
+    if _BUILDER_MODULE not in sys.modules or "deepspeed.ops.op_builder" not in sys.modules:
         return
     from deepspeed.accelerator import get_accelerator
 
-    own = get_accelerator().get_op_builder(_BUILDER)
-    if getattr(op_builder, _BUILDER, None) is _builder_class():
-        setattr(op_builder, _BUILDER, own)
-    if all_ops is not None and isinstance(all_ops.ALL_OPS.get(_ROW), _builder_class()):
+    ours, own = _builder_class(), get_accelerator().get_op_builder(_BUILDER)
+    for name in ("deepspeed.ops.op_builder", _OP_MODULE):
+        module = sys.modules.get(name)
+        if getattr(module, _BUILDER, None) is ours:
+            setattr(module, _BUILDER, own)
+    all_ops = sys.modules.get("deepspeed.ops.op_builder.all_ops")
+    if all_ops is not None and isinstance(all_ops.ALL_OPS.get(_ROW), ours):
         del all_ops.ALL_OPS[_ROW]
         if own is not None and own.NAME == _ROW:
             all_ops.ALL_OPS[_ROW] = own()
@@ -241,6 +243,9 @@ def _hook_ops(module):
 
 def _hook_deepspeed4science(module):
     """The import path of OpenFold, OpenFold3 and Protenix; the package takes the name over from its submodule."""
+    if module.__name__ == _OP_MODULE:
+        _hook_op_builder(module)  # bound there too, and what it loaded is kept
+        _replace(module, "kernel_", None)
     current = getattr(module, _OP)
     own = getattr(current, "deepspeed_own", current)
     _remember(module, _OP, own)
@@ -281,7 +286,7 @@ HOOKS = {
     "deepspeed.ops.op_builder": _hook_op_builder,
     "deepspeed.ops.op_builder.all_ops": _hook_all_ops,
     "deepspeed.ops": _hook_ops,
-    "deepspeed.ops.deepspeed4science.evoformer_attn": _hook_deepspeed4science,
+    _OP_MODULE: _hook_deepspeed4science,
     "deepspeed.ops.deepspeed4science": _hook_deepspeed4science,
     "deepspeed.git_version_info": _hook_git_version_info,
     _BUILDER_MODULE: _hook_own_builder,

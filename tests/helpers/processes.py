@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 # Variables that would change what the tests look at; a test sets those it is about.
@@ -34,7 +35,7 @@ def run_python(code, *, cwd=None, timeout=120, **variables):
 
     Args:
         code: Python source.
-        cwd: folder to run in; "" on sys.path stands for it.
+        cwd: folder to run in, which Python puts first on sys.path; default: one that holds no code of ours.
         variables: environment variables to set.
 
     Raises:
@@ -46,7 +47,7 @@ def run_python(code, *, cwd=None, timeout=120, **variables):
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         text=True,
-        cwd=cwd,
+        cwd=cwd or tempfile.gettempdir(),
         timeout=timeout,
         env=clean_environment(**variables),
     )
