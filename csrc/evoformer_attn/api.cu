@@ -34,7 +34,11 @@ KernelParams make_kernel_params(const EvoformerParams& params, bool backward, in
     WorkspaceCursor cursor{static_cast<unsigned char*>(params.workspace)};
     if (p.mask_bias != nullptr) p.mask_log2 = cursor.take<float>(static_cast<int64_t>(p.mask_batch) * p.mask_rows * p.k_len_padded);
     if (p.pair_bias != nullptr) p.pair_ref = cursor.take<float>(static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded);
-    if (backward) p.row_stats = cursor.take<float2>(static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded);
+    if (backward) {
+        const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;
+        p.row_stats = cursor.take<float2>(vectors);
+        if (p.dtype == kFloat32) p.lse_low = cursor.take<float>(vectors);
+    }
     if (workspace_bytes != nullptr) *workspace_bytes = cursor.used;
     return p;
 }

@@ -13,12 +13,29 @@ struct KernelParams : EvoformerParams {
     float* mask_log2;     // [mask_batch, mask_rows, k_len_padded]: (mask - row max) * log2(e); -inf: dropped; null: no mask
     float* pair_ref;      // [pair_batch, pair_heads, q_len_padded]: row max of the pair bias * log2(e); null: no pair bias
     float2* row_stats;    // backward: [B, N, H, q_len_padded] of {lse * log2(e), delta}; {+inf, 0} where P must be 0
+    float* lse_low;       // backward, fp32 problems: what rounding lse * log2(e) to fp32 left over, same layout
     int32_t q_len_padded, k_len_padded;
     int32_t num_groups, rows_per_group;  // rows of one group share a pair bias: N rows of a sample, or all B * N rows
 
     DS4SCI_HOST_DEVICE bool pair_is_fp32() const { return pair_dtype == kFloat32; }
     DS4SCI_HOST_DEVICE int pair_element_bytes() const { return pair_bias == nullptr ? 0 : pair_is_fp32() ? 4 : 2; }
 };
+
+template <typename T>
+struct LseType {
+    using type = float;
+};
+template <>
+struct LseType<float> {
+    using type = double;
+};
+
+// exp2(x - lse); fp32 problems subtract in two steps.
+template <typename T>
+DS4SCI_DEVICE float probability(float x, float lse, float lse_low) {
+    if constexpr (sizeof(T) == 4) return exp2_approx((x - lse) - lse_low);
+    return exp2_approx(x - lse);
+}
 
 // Position of one thread block: which tile of which rows. Tiles run fastest, then row blocks, then heads, so that blocks
 // that run together share one head's bias in L2.

@@ -21,7 +21,9 @@ struct EvoformerParams {
     const void* mask_bias;  // [B|1, N|1, Lk], dtype of q, fp32 or bool (true = keep); null when absent
     const void* pair_bias;  // [B|1, H|1, Lq, Lk], dtype of q or fp32, keys contiguous, rows 16-byte aligned; null when absent
     void* o;                // [B, N, Lq, H, D] contiguous; written by forward, read by backward
-    float* lse;             // [B, N, H, Lq] natural log, relative to the row maxima of both biases; -inf: no key left
+    // [B, N, H, Lq] natural log, relative to the row maxima of both biases; -inf: no key left. fp32, for fp32 problems fp64:
+    // exp(x - lse) turns the rounding of lse into an error of every probability of the row.
+    void* lse;
 
     // Backward only. A null output is neither computed nor written.
     const void* d_o;     // [B, N, Lq, H, D]

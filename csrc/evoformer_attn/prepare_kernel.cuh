@@ -122,13 +122,17 @@ DS4SCI_DEVICE void prepare_row_stats(const KernelParams& p, int64_t vector, int 
     delta += shfl_xor(delta, 1);
     delta += shfl_xor(delta, 2);
     if (!in_range || part != 0) return;
-    float2 stats = make_float2(INFINITY, 0.f);
+    using Lse = typename LseType<T>::type;
+    Lse lse = INFINITY;
     if (q < p.q_len) {
-        const float lse = p.lse[(row * p.heads + head) * p.q_len + q];
+        lse = static_cast<const Lse*>(p.lse)[(row * p.heads + head) * p.q_len + q];
         // A row without keys has lse = -inf; +inf makes its P = exp2(x - lse) zero.
-        stats = make_float2(lse == -INFINITY ? INFINITY : lse * kLog2E, delta);
+        lse = lse == -INFINITY ? static_cast<Lse>(INFINITY) : lse * static_cast<Lse>(1.4426950408889634074);
     }
-    p.row_stats[(row * p.heads + head) * p.q_len_padded + q] = stats;
+    const int64_t index = (row * p.heads + head) * p.q_len_padded + q;
+    const float lse_high = static_cast<float>(lse);
+    p.row_stats[index] = make_float2(lse_high, delta);
+    if (p.lse_low != nullptr) p.lse_low[index] = lse_high == INFINITY ? 0.f : static_cast<float>(lse - lse_high);
 }
 
 template <typename T>

@@ -68,7 +68,12 @@ struct OnlineSoftmax {
     // 1 / row sum; 0 for a row without keys, whose output is 0. NaN stays NaN.
     DS4SCI_DEVICE float normaliser(int i) const { return sum[i] == 0.f ? 0.f : 1.f / sum[i]; }
     // Natural log of the row sum; -inf for a row without keys.
-    DS4SCI_DEVICE float lse(int i) const { return sum[i] == 0.f ? -INFINITY : (reference[i] + log2f(sum[i])) * kLn2; }
+    template <typename Lse>
+    DS4SCI_DEVICE Lse lse(int i) const {
+        if (sum[i] == 0.f) return -INFINITY;
+        if constexpr (sizeof(Lse) == 8) return (reference[i] + log2(static_cast<double>(sum[i]))) * 0.6931471805599453094;
+        return (reference[i] + log2f(sum[i])) * kLn2;
+    }
 };
 
 }  // namespace ds4sci

@@ -89,16 +89,28 @@ struct TileMma<float, kHeadDim> {
     static DS4SCI_DEVICE void product_pb(float (&acc)[kHeadDim / 8][4], const float (&p)[kTiles][4], uint32_t b, int lane) {
         const uint32_t b_lane = b + (lane & 3) * 2 * sizeof(float);
 #pragma unroll
-        for (int kk = 0; kk < kTiles * 8; ++kk) {
-            const int owner = (lane & ~3) | ((kk & 7) >> 1);
-            const float p_low = shfl(p[kk / 8][kk & 1], owner), p_high = shfl(p[kk / 8][2 + (kk & 1)], owner);
+        for (int tile = 0; tile < kTiles; ++tile) {
+            float p_low[8], p_high[8];
+#pragma unroll
+            for (int kk = 0; kk < 8; ++kk) {
+                const int owner = (lane & ~3) | (kk >> 1);
+                p_low[kk] = shfl(p[tile][kk & 1], owner);
+                p_high[kk] = shfl(p[tile][2 + (kk & 1)], owner);
+            }
 #pragma unroll
             for (int j = 0; j < kHeadDim / 8; ++j) {
-                const float2 value = lds_f32x2(b_lane + kk * kPitch + j * 8 * sizeof(float));
-                acc[j][0] = fmaf(p_low, value.x, acc[j][0]);
-                acc[j][1] = fmaf(p_low, value.y, acc[j][1]);
-                acc[j][2] = fmaf(p_high, value.x, acc[j][2]);
-                acc[j][3] = fmaf(p_high, value.y, acc[j][3]);
+                // Eight terms by themselves, then onto the long sum: one running sum would lose digits with every key.
+                float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int kk = 0; kk < 8; ++kk) {
+                    const float2 value = lds_f32x2(b_lane + (tile * 8 + kk) * kPitch + j * 8 * sizeof(float));
+                    sum[0] = fmaf(p_low[kk], value.x, sum[0]);
+                    sum[1] = fmaf(p_low[kk], value.y, sum[1]);
+                    sum[2] = fmaf(p_high[kk], value.x, sum[2]);
+                    sum[3] = fmaf(p_high[kk], value.y, sum[3]);
+                }
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[j][e] += sum[e];
             }
         }
     }

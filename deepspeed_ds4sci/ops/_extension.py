@@ -67,12 +67,15 @@ class Extension:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
-        """o [B, N, Lq, H, D] in q's dtype and lse [B, N, H, Lq] fp32, relative to the row maxima of the biases."""
+        """o [B, N, Lq, H, D] in q's dtype and lse [B, N, H, Lq] relative to the row maxima of the biases.
+
+        lse is fp32; fp64 for fp32 problems, whose gradients would feel its rounding.
+        """
         head_dim = q.shape[-1]
         q, k, v = (_aligned_rows(x) for x in (q, k, v))
         batch, rows, q_len, heads, _ = q.shape
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty((batch, rows, heads, q_len), dtype=torch.float32, device=q.device)
+        lse = torch.empty((batch, rows, heads, q_len), dtype=_lse_dtype(q.dtype), device=q.device)
         pair_bias = _aligned_pair_bias(pair_bias)
         params = _make_params(q, k, v, mask_bias, pair_bias, o, lse, softmax_scale)
         self._run(self._library.ds4sci_evoformer_fwd, params, q, backward=False)
@@ -137,7 +140,7 @@ class Extension:
         """DeepSpeed's backward entry point: writes dq, dk, dv and those of db1, db2 that are not empty. `delta` stays unused."""
         do5, q5, k5, v5, o5 = _five_axes(do, q, k, v, o)
         q_len = q.shape[-3]
-        lse = lse[..., :q_len].reshape(*q5.shape[:2], q.shape[-2], q_len).contiguous()
+        lse = lse[..., :q_len].reshape(*q5.shape[:2], q.shape[-2], q_len).to(_lse_dtype(q.dtype)).contiguous()
         wanted = (True, True, True, db1.numel() > 0, db2.numel() > 0)
         gradients = self.backward(
             do5, q5, k5, v5, _present(bias1), _present(bias2), o5, lse, q.shape[-1] ** -0.5, wanted
@@ -151,10 +154,13 @@ class Extension:
         workspace = torch.empty(size, dtype=torch.uint8, device=like.device)
         params.workspace = workspace.data_ptr()
         if like.is_cuda:
-            with torch.cuda.device(like.device):
-                params.stream = torch.cuda.current_stream().cuda_stream
+            params.stream = torch.cuda.current_stream(like.device).cuda_stream
+            if like.device.index == torch.cuda.current_device():
                 status = function(ctypes.byref(params))
-        else:
+            else:
+                with torch.cuda.device(like.device):
+                    status = function(ctypes.byref(params))
+        else:  # the library of the tests' emulator
             status = function(ctypes.byref(params))
         if status != 0:
             reason = self._library.ds4sci_evoformer_status_string(status).decode()
@@ -197,19 +203,28 @@ def _make_params(q, k, v, mask_bias, pair_bias, o, lse, softmax_scale) -> _Param
     return params
 
 
+def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
 def _row_strides(x: Tensor) -> _RowStrides:
     return _RowStrides(*x.stride()[:4])
 
 
 def _is_aligned(x: Tensor) -> bool:
     """Whether every row of the last axis is contiguous and starts at a multiple of 16 bytes."""
-    if x.data_ptr() % _ALIGNMENT_BYTES != 0 or (x.stride(-1) != 1 and x.shape[-1] > 1):
+    *outer, last = x.stride()
+    if last != 1 and x.shape[-1] > 1:
         return False
+    # One test for all strides at once: this runs for every tensor of every call.
+    bits = x.data_ptr()
     size = x.element_size()
-    return all(
-        n == 1 or stride * size % _ALIGNMENT_BYTES == 0
-        for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    )
+    for stride in outer:
+        bits |= stride * size
+    if bits % _ALIGNMENT_BYTES == 0:
+        return True
+    aligned = all(n == 1 or stride * size % _ALIGNMENT_BYTES == 0 for n, stride in zip(x.shape[:-1], outer, strict=True))
+    return aligned and x.data_ptr() % _ALIGNMENT_BYTES == 0
 
 
 def _aligned_rows(x: Tensor) -> Tensor:

@@ -40,10 +40,24 @@ def test_mask_kinds(mask, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("pair", PAIR_KINDS)
+@pytest.mark.parametrize("pair", [kind for kind in PAIR_KINDS if kind != "expanded"])
 @pytest.mark.parametrize("mask", ("none", "minus_inf"))
 def test_pair_kinds(pair, mask, dtype):
     check_against_eager(make_inputs(SMALL, dtype, "cuda", mask=mask, pair=pair), "sm80")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_expanded_pair_bias_equals_the_one_it_was_expanded_from(dtype):
+    inputs = make_inputs(SMALL, dtype, "cuda", pair="contiguous")
+    expected = run_op(inputs, "sm80")
+    inputs.pair_bias = inputs.pair_bias.detach().expand(-1, SMALL.rows, -1, -1, -1).requires_grad_()
+    actual = run_op(inputs, "sm80")
+    for name, tensor in expected.tensors.items():
+        if name == "dpair_bias":  # rounded once per row, then summed
+            total = actual[name].sum(1, keepdim=True, dtype=torch.float32)
+            torch.testing.assert_close(total, tensor.float(), rtol=1e-2, atol=1e-2)
+        else:
+            assert torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -68,11 +82,18 @@ def test_large_logits(spread, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_one_dominating_key(dtype):
+    """The key's weight is 1 and its logit far above the rest, which an unlucky softmax reference cannot hold."""
     inputs = make_inputs(SMALL, dtype, "cuda")
     with torch.no_grad():
         inputs.pair_bias[..., 77] = 120.0
         inputs.pair_bias[..., :64] = -200.0
-    check_against_eager(inputs, "sm80")
+    actual, reference, eager = run_op(inputs, "sm80"), fp64_reference(inputs), eager_results(inputs)
+    for name in ("o", "dv"):
+        assert_no_worse_than_eager(name, actual[name], eager[name], reference[name])
+    # What is left of the other gradients is the rounding of dP - delta, two equal numbers of the size of |do| |v|.
+    unit = inputs.do.norm(dim=-1).max().item() * inputs.v.detach().norm(dim=-1).max().item() * torch.finfo(dtype).eps
+    for name in ("dq", "dk", "dmask_bias", "dpair_bias"):
+        assert actual[name].abs().max().item() <= 8 * unit, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -93,22 +114,21 @@ def test_complementary_masks_leave_zero_and_no_nan():
         assert torch.count_nonzero(tensor) == 0  # NaN counts as nonzero
 
 
-@pytest.mark.parametrize("value", (-1e9, -3.3e38))
+@pytest.mark.parametrize("value", (-1e4, -1e9, -1e38))
 def test_rows_of_large_negatives_are_softmax_of_the_rest(value):
-    inputs = make_inputs(SMALL, FP32, "cuda")
-    shifted = make_inputs(SMALL, FP32, "cuda")
+    plain, shifted = (make_inputs(SMALL, FP32, "cuda") for _ in range(2))
     with torch.no_grad():
-        for x in (inputs, shifted):
-            x.mask_bias[:, 1] = 0.0
-            x.pair_bias[..., 3, :] = 0.0
-        shifted.mask_bias[:, 1] = value
-        shifted.pair_bias[..., 3, :] = value
-    expected, actual = run_op(inputs, "sm80"), run_op(shifted, "sm80")
+        for inputs, constant in ((plain, 0.0), (shifted, value)):
+            inputs.mask_bias[:, 1] = constant
+            inputs.pair_bias[..., 3, :] = constant
+    expected, actual = run_op(plain, "sm80"), run_op(shifted, "sm80")
     for name, tensor in expected.tensors.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("shape", [shapes.BY_NAME[name] for name in ("deepspeed-test-512", "template-256", "pairformer-768")], ids=str)
+@pytest.mark.parametrize(
+    "shape", [shapes.BY_NAME[name] for name in ("deepspeed-test-512", "template-256", "pairformer-768")], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_real_sizes(shape, dtype):
     check_against_eager(make_inputs(shape, dtype, "cuda"), "sm80")

@@ -49,9 +49,12 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
             load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage, q, p.q_stride.l, valid, p.head_dim, thread);
             load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage + Tile::kQueryBytes, d_o, p.d_o_stride.l, valid, p.head_dim,
                                                             thread);
-            const float2* row_stats = p.row_stats + row.head_row(p, item.head) * p.q_len_padded + query;
-            load_vector<Tile::kBlockM * 2, kThreads>(stage + 2 * Tile::kQueryBytes, reinterpret_cast<const float*>(row_stats),
-                                                     thread);
+            const int64_t first = row.head_row(p, item.head) * p.q_len_padded + query;
+            load_vector<Tile::kBlockM * 2, kThreads>(stage + 2 * Tile::kQueryBytes,
+                                                     reinterpret_cast<const float*>(p.row_stats + first), thread);
+            if (sizeof(T) == 4) {
+                load_vector<Tile::kBlockM, kThreads>(stage + 2 * Tile::kQueryBytes + Tile::kBlockM * 8, p.lse_low + first, thread);
+            }
         }
     };
 
@@ -101,10 +104,12 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
                 const float4 stat = lds_f32x4(stats + j * 64);  // {lse, delta} of two neighbouring queries
+                float2 low = make_float2(0.f, 0.f);
+                if (sizeof(T) == 4) low = lds_f32x2(d_o + Tile::kQueryBytes + Tile::kBlockM * 8 + (j * 8 + pair * 2) * 4);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const float x = fmaf(s[j][e], scale_log2, bias[j][e]) + mask[e >> 1];
-                    s[j][e] = exp2_approx(x - (e & 1 ? stat.z : stat.x));
+                    s[j][e] = probability<T>(x, e & 1 ? stat.z : stat.x, e & 1 ? low.y : low.x);
                 }
             }
             Mma::product_pb(dv[r], s, d_o, lane);

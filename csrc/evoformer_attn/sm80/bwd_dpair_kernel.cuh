@@ -68,8 +68,10 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
         load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(stage + 2 * Tile::kQueryBytes + Tile::kKeyBytes, v, p.v_stride.l,
                                                         p.k_len - key0, p.head_dim, thread);
         if (has_mask) load_vector<Tile::kBlockN, kThreads>(stage + Tile::kMaskOffset, row.mask(p) + key0, thread);
-        const float2* row_stats = p.row_stats + row.head_row(p, head) * p.q_len_padded + q0;
-        load_vector<Tile::kBlockM * 2, kThreads>(stage + Tile::kStatsOffset, reinterpret_cast<const float*>(row_stats), thread);
+        const int64_t first = row.head_row(p, head) * p.q_len_padded + q0;
+        load_vector<Tile::kBlockM * 2, kThreads>(stage + Tile::kStatsOffset, reinterpret_cast<const float*>(p.row_stats + first),
+                                                 thread);
+        if (sizeof(T) == 4) load_vector<Tile::kBlockM, kThreads>(stage + Tile::kLowOffset, p.lse_low + first, thread);
     };
 
     if (first_row < end_row) {
@@ -96,7 +98,12 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
         }
         const uint32_t stage = stage_of(i), query = stage + warp * 16 * Tile::kPitch;
         const uint32_t stats = stage + Tile::kStatsOffset + (warp * 16 + quad) * 8;
-        const float2 stat_low = lds_f32x2(stats), stat_high = lds_f32x2(stats + 64);  // {lse, delta}
+        const float2 stat_low = lds_f32x2(stats), stat_high = lds_f32x2(stats + 64);  // {lse, delta} of rows quad, quad + 8
+        float rest_low = 0.f, rest_high = 0.f;
+        if (sizeof(T) == 4) {
+            rest_low = lds_f32(stage + Tile::kLowOffset + (warp * 16 + quad) * 4);
+            rest_high = lds_f32(stage + Tile::kLowOffset + (warp * 16 + quad + 8) * 4);
+        }
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
             const uint32_t k = stage + 2 * Tile::kQueryBytes + c * Tile::kChunkN * Tile::kPitch;
@@ -111,7 +118,9 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) s[j][e] = exp2_approx(s[j][e] - (e >> 1 ? stat_high.x : stat_low.x));
+                for (int e = 0; e < 4; ++e) {
+                    s[j][e] = probability<T>(s[j][e], e >> 1 ? stat_high.x : stat_low.x, e >> 1 ? rest_high : rest_low);
+                }
             }
             float dp[kTiles][4];
             Mma::product_abt(dp, query + Tile::kQueryBytes, k + Tile::kKeyBytes, lane);

@@ -68,12 +68,16 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
     const float scale_log2 = p.softmax_scale * kLog2E;
     float dq[kRows][kHeadDim / 8][4];
     float2 stats[kRows][2];  // {lse, delta} of rows quad, quad + 8
+    float lse_low[kRows][2];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         zero_bias(dq[r]);
-        const float2* row_stats = p.row_stats + row_location(r).head_row(p, item.head) * p.q_len_padded + q0 + warp * 16 + quad;
-        stats[r][0] = row_stats[0];
-        stats[r][1] = row_stats[8];
+        const int64_t first = row_location(r).head_row(p, item.head) * p.q_len_padded + q0 + warp * 16 + quad;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            stats[r][i] = p.row_stats[first + 8 * i];
+            lse_low[r][i] = sizeof(T) == 4 ? p.lse_low[first + 8 * i] : 0.f;
+        }
     }
 
     const int num_key_tiles = ceil_div(p.k_len, Tile::kBlockN);
@@ -109,7 +113,8 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
             for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    s[j][e] = exp2_approx(s[j][e] - stats[r][e >> 1].x) * (dp[j][e] - stats[r][e >> 1].y);
+                    const int i = e >> 1;
+                    s[j][e] = probability<T>(s[j][e], stats[r][i].x, lse_low[r][i]) * (dp[j][e] - stats[r][i].y);
                 }
             }
             Mma::product_pb(dq[r], s, k, lane);

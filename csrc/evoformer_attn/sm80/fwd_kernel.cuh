@@ -122,9 +122,10 @@ evoformer_fwd_kernel(const __grid_constant__ KernelParams p) {
                                        smem + (r * Tile::kBlockM + warp * 16) * Tile::kPitch, o[r], softmax[r].normaliser(0),
                                        softmax[r].normaliser(1), lane);
         if ((lane & 3) == 0) {
-            float* lse = p.lse + row.head_row(p, item.head) * p.q_len + q;
-            if (quad < valid) lse[quad] = softmax[r].lse(0);
-            if (quad + 8 < valid) lse[quad + 8] = softmax[r].lse(1);
+            using Lse = typename LseType<T>::type;
+            Lse* lse = static_cast<Lse*>(p.lse) + row.head_row(p, item.head) * p.q_len + q;
+            if (quad < valid) lse[quad] = softmax[r].template lse<Lse>(0);
+            if (quad + 8 < valid) lse[quad + 8] = softmax[r].template lse<Lse>(1);
         }
     }
 }

@@ -81,7 +81,8 @@ struct BwdDkvTile {
     static constexpr int kPitch = TilePitch<T, kHeadDim>::kBytes;
     static constexpr int kKeyBytes = kBlockN * kPitch;  // K or V of one row
     static constexpr int kQueryBytes = kBlockM * kPitch;
-    static constexpr int kRowStageBytes = 2 * kQueryBytes + kBlockM * 8;  // Q, dO, statistics of one row
+    static constexpr int kLowBytes = sizeof(T) == 4 ? kBlockM * 4 : 0;
+    static constexpr int kRowStageBytes = 2 * kQueryBytes + kBlockM * 8 + kLowBytes;  // Q, dO, statistics of one row
     static constexpr int kRefsOffset = kRows * kRowStageBytes;            // row references of the pair bias
     static constexpr int kStageBytes = kRefsOffset + kBlockM * 4;
     static constexpr int kMaskOffset = 2 * kRows * kKeyBytes;  // of the block's keys: registers are scarcer than loads here
@@ -111,7 +112,8 @@ struct BwdDpairTile {
     static constexpr int kKeyBytes = kBlockN * kPitch;    // K or V
     static constexpr int kMaskOffset = 2 * kQueryBytes + 2 * kKeyBytes;
     static constexpr int kStatsOffset = kMaskOffset + kBlockN * 4;
-    static constexpr int kStageBytes = kStatsOffset + kBlockM * 8;
+    static constexpr int kLowOffset = kStatsOffset + kBlockM * 8;
+    static constexpr int kStageBytes = kLowOffset + (sizeof(T) == 4 ? kBlockM * 4 : 0);
     static constexpr int kSmemBytes = kStages * kStageBytes;
     static_assert(kSmemBytes <= kMaxSmemBytes, "too much shared memory for sm_86");
 };
