@@ -165,7 +165,7 @@ def is_missing(wheel: Path) -> bool:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return True
-    return tuple(int(number) for number in version.split(".")[:2]) < OLDEST.get(name, (0, 0))
+    return name in OLDEST and tuple(int(number) for number in version.split(".")[:2]) < OLDEST[name]
 
 
 def create_environment(folder: Path) -> Path:
