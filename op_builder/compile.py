@@ -120,6 +120,7 @@ def build_library(library, targets, root):
         TimeoutError: another process held the build for longer than DS4SCI_BUILD_TIMEOUT seconds (default 1800).
     """
     nvcc, ninja = require_tools()
+    root = Path(root).absolute()  # ninja runs in another folder
     output = planned_library(library, targets, nvcc, root)
     if output.is_file():
         return output
@@ -157,7 +158,7 @@ def planned_library(library, targets, nvcc, root):
 
 
 def _compile_and_link(library, targets, nvcc, ninja, root, output):
-    steps = compile_steps(library, targets, nvcc, Path(root) / "objects")
+    steps = compile_steps(library, targets, nvcc, root / "objects")
     info = output.parent / "build_info.cpp"
     info.write_text(_info_source(library, targets, nvcc))
     info_object = output.parent / "build_info.o"

@@ -10,7 +10,10 @@ import shutil
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
+from .compile import build_library
+from .gpus import visible_gpus
 from .library import LIBRARIES, PREBUILT_PACKAGE
+from .targets import requested_targets
 
 
 def requested_extensions():
@@ -30,11 +33,10 @@ class BuildOps(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext):
-        from .compile import build_library
-        from .targets import requested_targets
-
         library = next(item for item in LIBRARIES if ext.name.endswith(f".{item.name}"))
-        built = build_library(library, requested_targets(), os.path.join(self.build_temp, library.name))
+        targets = requested_targets([gpu.capability for gpu in visible_gpus()], library.min_capability)
+        print(f"compiling {library.name} for {', '.join(map(str, targets))}")
+        built = build_library(library, targets, os.path.join(self.build_temp, library.name))
         destination = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(destination), exist_ok=True)
         shutil.copy2(built, destination)

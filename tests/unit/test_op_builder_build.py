@@ -67,6 +67,11 @@ def test_builds_once(library, nvcc, root):
     assert len(nvcc.calls()) == calls
 
 
+def test_relative_folder(library, nvcc, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert build_library(library, AMPERE, "cache").is_file()
+
+
 def test_command_lines(library, nvcc, root):
     build_library(library, HOPPER, root)
     (api,) = [line for line in nvcc.calls() if "api.cu" in line]
