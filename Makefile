@@ -71,6 +71,6 @@ $(READY): pyproject.toml setup.py
 	    $(BIN)/python -m pip install --quiet "$(TORCH)"; \
 	fi
 	@# DeepSpeed records at build time which accelerator there is, so it is built beside the torch it will run with.
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja packaging
+	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja packaging
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,test,lint]"
 	@touch $@

@@ -11,6 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from op_builder.prebuild import BuildOps, requested_extensions
 
 setup(
+    # Here and not in pyproject.toml, whose spelling of it changed: a fresh Python 3.11 comes with setuptools 65, and
+    # an install without build isolation uses that.
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=[
         *find_packages(include=["deepspeed_ds4sci", "deepspeed_ds4sci.*"]),
         "deepspeed_ds4sci.op_builder",
