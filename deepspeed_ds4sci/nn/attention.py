@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from deepspeed_ds4sci.nn.primitives import Linear, check_features, check_mask, check_pair
+from deepspeed_ds4sci.nn.primitives import Linear, check_features, check_mask, check_pair, num_inference_slices
 from deepspeed_ds4sci.ops.evoformer_attention import evoformer_attention
 
 
@@ -56,23 +56,33 @@ class GatedAttention(nn.Module):
         """
         lead = x.shape[:-3]
         x = x.reshape(math.prod(lead), *x.shape[-3:])
+        if mask is not None:
+            mask = mask.reshape(x.shape[:-1]).bool()
+        if pair_bias is not None:
+            pair_bias = pair_bias.reshape(x.shape[0], *pair_bias.shape[-3:]).permute(0, 3, 1, 2).unsqueeze(1)
+        # Rows do not attend to each other, so that they can come in slices. Counted: q, k, v, gate, output.
+        row_axis = 2 if attend_rows else 1
+        slices = num_inference_slices(5 * x.shape[:-1].numel() * self.linear_q.out_features, x.shape[row_axis])
+        parts = x.tensor_split(slices, dim=row_axis)
+        masks = [None] * slices if mask is None else mask.tensor_split(slices, dim=row_axis)
+        updates = [self._attend(*part, pair_bias, attend_rows) for part in zip(parts, masks, strict=True)]
+        update = updates[0] if slices == 1 else torch.cat(updates, dim=row_axis)
+        return update.reshape(*lead, *x.shape[1:])
+
+    def _attend(self, x: Tensor, mask: Tensor | None, pair_bias: Tensor | None, attend_rows: bool) -> Tensor:
+        """x [B, R, C, c_in], mask bool [B, R, C], pair_bias [B, 1, H, A, A] -> [B, R, C, c_in]."""
         q = self._heads(self.linear_q(x), attend_rows)
         k = self._heads(self.linear_k(x), attend_rows)
         v = self._heads(self.linear_v(x), attend_rows)
-        mask_bias = None
         if mask is not None:
-            mask = mask.reshape(x.shape[:-1]).bool()
-            mask_bias = (mask.transpose(-1, -2) if attend_rows else mask)[:, :, None, None, :]  # [B, N, 1, 1, L]
-        if pair_bias is not None:
-            pair_bias = pair_bias.reshape(x.shape[0], *pair_bias.shape[-3:]).permute(0, 3, 1, 2).unsqueeze(1)
+            mask = (mask.transpose(-1, -2) if attend_rows else mask)[:, :, None, None, :]  # [B, N, 1, 1, L]
         o = evoformer_attention(
-            q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, implementation=self.implementation
+            q, k, v, mask_bias=mask, pair_bias=pair_bias, implementation=self.implementation
         )  # [B, N, L, H, D]
         if attend_rows:
             o = o.transpose(1, 2)
         # Gate first: its layout, not the transposed one of o, then decides the layout of the product.
-        gated = torch.sigmoid(self.linear_g(x)) * o.flatten(-2)
-        return self.linear_o(gated).reshape(*lead, *x.shape[1:])
+        return self.linear_o(torch.sigmoid(self.linear_g(x)) * o.flatten(-2))
 
     def _heads(self, x: Tensor, attend_rows: bool) -> Tensor:
         """[B, R, C, H * D] -> view [B, N, L, H, D]."""

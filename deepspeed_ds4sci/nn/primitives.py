@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 Init = Literal["lecun", "relu", "glorot", "normal", "gating", "final"]
 
+MAX_INFERENCE_ELEMENTS = 1 << 27
+"""Elements of intermediates that a module holds at once when no gradient is recorded; more are made in slices."""
+
 # Standard deviation of a unit normal cut off at two standard deviations.
 _TRUNCATED_STD = 0.8796256610342398
 
@@ -101,9 +104,9 @@ def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
 
 
-def num_inference_slices(elements: int, rows: int, limit: int) -> int:
-    """How many slices of `rows` keep an intermediate of `elements` elements near `limit`; 1 while recording gradients.
+def num_inference_slices(elements: int, rows: int) -> int:
+    """How many slices of `rows` keep intermediates of `elements` elements near MAX_INFERENCE_ELEMENTS.
 
-    With gradients every slice would be kept for the backward pass anyway, so slicing would save nothing.
+    1 while gradients are recorded: every slice would be kept for the backward pass, so slicing would save nothing.
     """
-    return 1 if torch.is_grad_enabled() else max(1, min(rows, math.ceil(elements / limit)))
+    return 1 if torch.is_grad_enabled() else max(1, min(rows, math.ceil(elements / MAX_INFERENCE_ELEMENTS)))

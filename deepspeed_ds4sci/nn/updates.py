@@ -16,9 +16,6 @@ from deepspeed_ds4sci.nn.primitives import (
     num_inference_slices,
 )
 
-MAX_INFERENCE_ELEMENTS = 1 << 27
-"""Elements of the widest intermediate held at once when no gradient is recorded; wider ones are made in slices."""
-
 
 class OuterProductMean(nn.Module):
     """Mean over the sequences of the outer product of two projections: alignment to pair representation.
@@ -48,7 +45,7 @@ class OuterProductMean(nn.Module):
         count = float(m.shape[-3]) if mask is None else _pair_counts(mask, m.dtype).unsqueeze(-1)
         n_res = a.shape[-2]
         outer_elements = a.shape[:-3].numel() * n_res**2 * a.shape[-1] ** 2
-        slices = num_inference_slices(outer_elements, n_res, MAX_INFERENCE_ELEMENTS)
+        slices = num_inference_slices(outer_elements, n_res)
         updates = [self._project(part, b) for part in a.tensor_split(slices, dim=-2)]
         update = updates[0] if slices == 1 else torch.cat(updates, dim=-3)
         return (update / (self.eps + count)).to(update.dtype)
@@ -72,6 +69,8 @@ class TriangleMultiplication(nn.Module):
     """Combines, for each edge ij, the two other edges of every triangle by a gated product."""
 
     _equation: str
+    _i_dim: int
+    """Axis of a, [*, n_res, n_res, c], that runs over i."""
 
     def __init__(self, c_z: int, c_hidden: int):
         super().__init__()
@@ -90,22 +89,33 @@ class TriangleMultiplication(nn.Module):
         check_pair("z", z, self.c_z)
         check_mask("mask", mask, z.shape[:-1])
         z = self.layer_norm_in(z)
-        a = apply_mask(torch.sigmoid(self.linear_a_g(z)) * self.linear_a_p(z), mask)
         b = apply_mask(torch.sigmoid(self.linear_b_g(z)) * self.linear_b_p(z), mask)
+        # Each slice makes some rows i of the update: from the rows i of the gate and the edges ik or ki of a.
+        slices = num_inference_slices(4 * b.numel(), z.shape[-3])
+        gates = z.tensor_split(slices, dim=-3)
+        edges = z.tensor_split(slices, dim=self._i_dim)
+        masks = [None] * slices if mask is None else mask.tensor_split(slices, dim=self._i_dim + 1)
+        updates = [self._update(*part, b) for part in zip(gates, edges, masks, strict=True)]
+        return updates[0] if slices == 1 else torch.cat(updates, dim=-3)
+
+    def _update(self, z_gate: Tensor, z_edge: Tensor, mask: Tensor | None, b: Tensor) -> Tensor:
+        a = apply_mask(torch.sigmoid(self.linear_a_g(z_edge)) * self.linear_a_p(z_edge), mask)
         product = torch.einsum(self._equation, a, b)
-        return torch.sigmoid(self.linear_g(z)) * self.linear_z(self.layer_norm_out(product))
+        return torch.sigmoid(self.linear_g(z_gate)) * self.linear_z(self.layer_norm_out(product))
 
 
 class TriangleMultiplicationOutgoing(TriangleMultiplication):
     """Edge ij from the edges ik and jk. Source: Jumper et al. 2021, Supplementary Algorithm 11."""
 
     _equation = "...ikc,...jkc->...ijc"
+    _i_dim = -3
 
 
 class TriangleMultiplicationIncoming(TriangleMultiplication):
     """Edge ij from the edges ki and kj. Source: Jumper et al. 2021, Supplementary Algorithm 12."""
 
     _equation = "...kic,...kjc->...ijc"
+    _i_dim = -2
 
 
 class Transition(nn.Module):
@@ -126,7 +136,7 @@ class Transition(nn.Module):
         check_features("x", x, "[*, a, b, channels]", self.channels)
         check_mask("mask", mask, x.shape[:-1])
         hidden_elements = x.shape[:-1].numel() * self.linear_1.out_features
-        slices = num_inference_slices(hidden_elements, x.shape[-3], MAX_INFERENCE_ELEMENTS)
+        slices = num_inference_slices(hidden_elements, x.shape[-3])
         updates = [self._update(part) for part in x.tensor_split(slices, dim=-3)]
         return apply_mask(updates[0] if slices == 1 else torch.cat(updates, dim=-3), mask)
 

@@ -13,7 +13,7 @@ from deepspeed_ds4sci.nn import (
     MSAColumnAttention,
     OuterProductMean,
     Transition,
-    updates,
+    primitives,
 )
 from deepspeed_ds4sci.nn.primitives import Linear, SharedDropout
 from tests.unit.nn.helpers import C_M, C_Z, SIZES, make_block, make_inputs, make_stack, randomise
@@ -157,7 +157,7 @@ def test_slices_at_inference_change_nothing(limit, monkeypatch):
     stack = make_stack().eval()
     inputs = make_inputs(n_seq=7, n_res=9, batch=(2,))
     want = stack(*inputs)
-    monkeypatch.setattr(updates, "MAX_INFERENCE_ELEMENTS", limit)
+    monkeypatch.setattr(primitives, "MAX_INFERENCE_ELEMENTS", limit)
     with torch.no_grad():
         got = stack(*inputs)
     for a, b in zip(got, want, strict=True):
@@ -173,7 +173,7 @@ def test_slices_at_inference_change_nothing(limit, monkeypatch):
 )
 def test_wide_intermediates_stay_under_the_limit_at_inference(make, shape, monkeypatch):
     limit = 24 * 25 * 4
-    monkeypatch.setattr(updates, "MAX_INFERENCE_ELEMENTS", limit)
+    monkeypatch.setattr(primitives, "MAX_INFERENCE_ELEMENTS", limit)
     module = make()
     widest = []
     wide = module.linear_out if isinstance(module, OuterProductMean) else module.linear_2
@@ -183,6 +183,34 @@ def test_wide_intermediates_stay_under_the_limit_at_inference(make, shape, monke
     assert len(widest) > 1 and max(widest) <= limit
     module(torch.randn(shape))
     assert widest[-1] > limit
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    "child, last_layer, counted",
+    [
+        ("msa_att_row", "mha.linear_o", 5),
+        ("msa_att_col", "_msa_att.mha.linear_o", 5),
+        ("pair_stack.tri_att_end", "mha.linear_o", 5),
+        ("pair_stack.tri_mul_in", "linear_z", 4),
+    ],
+)
+def test_rows_come_in_slices_at_inference(child, last_layer, counted, masked, monkeypatch):
+    module = make_block().get_submodule(child)
+    m, z, msa_mask, pair_mask = make_inputs(n_seq=12, n_res=12)
+    inputs = (m, z) if child == "msa_att_row" else (m,) if child == "msa_att_col" else (z,)
+    mask = (msa_mask if child.startswith("msa") else pair_mask) if masked else None
+    want = module(*inputs, mask)
+    widest = []
+    last = module.get_submodule(last_layer)
+    last.register_forward_pre_hook(lambda _, args: widest.append(args[0].numel()))
+    # Four slices of three rows.
+    monkeypatch.setattr(primitives, "MAX_INFERENCE_ELEMENTS", counted * 12 * 12 * last.in_features // 4)
+    with torch.no_grad():
+        got = module(*inputs, mask)
+    assert widest == [3 * 12 * last.in_features] * 4
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+    assert got.is_contiguous()
 
 
 def peak_growth_mib(function):
