@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The library's entry points: check what would corrupt memory, lay out the workspace, dispatch on dtype and head dim.
+#include <initializer_list>
+
 #include "launch.h"
 #include "static_switch.h"
 
@@ -32,8 +34,8 @@ KernelParams make_kernel_params(const EvoformerParams& params, bool backward, in
     p.rows_per_group = one_group ? p.batch * p.rows : p.rows;
 
     WorkspaceCursor cursor{static_cast<unsigned char*>(params.workspace)};
-    if (p.mask_bias != nullptr) p.mask_log2 = cursor.take<float>(static_cast<int64_t>(p.mask_batch) * p.mask_rows * p.k_len_padded);
-    if (p.pair_bias != nullptr) p.pair_ref = cursor.take<float>(static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded);
+    if (p.mask_bias != nullptr) p.mask = cursor.take<float>(static_cast<int64_t>(p.mask_batch) * p.mask_rows * p.k_len_padded);
+    if (p.pair_bias != nullptr) p.pair_max = cursor.take<float>(static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded);
     if (backward) {
         const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;
         p.row_stats = cursor.take<float2>(vectors);
@@ -51,6 +53,9 @@ int32_t check(const EvoformerParams& p) {
     if (p.pair_bias != nullptr && p.pair_dtype != p.dtype && p.pair_dtype != kFloat32) return kInvalidDtype;
     if (p.batch < 1 || p.rows < 1 || p.q_len < 1 || p.k_len < 1 || p.heads < 1) return kInvalidArgument;
     if (static_cast<int64_t>(p.batch) * p.rows > 2147483647) return kInvalidArgument;
+    for (const RowStrides* stride : {&p.q_stride, &p.k_stride, &p.v_stride, &p.d_o_stride}) {
+        if (stride->l < 0 || stride->l > 2147483647) return kInvalidArgument;
+    }
     return 0;
 }
 
@@ -70,9 +75,8 @@ extern "C" int64_t ds4sci_evoformer_workspace_bytes(const EvoformerParams* param
 extern "C" int32_t ds4sci_evoformer_dpair_splits(const EvoformerParams* params, int32_t num_sms) {
     if (params->pair_bias == nullptr) return 1;
     const KernelParams p = make_kernel_params(*params, true, nullptr);
-    const bool wide = p.dtype != kFloat32 && p.head_dim <= 48;
-    const int64_t blocks = static_cast<int64_t>(ceil_div(p.q_len, wide ? 128 : 64)) * ceil_div(p.k_len, 64) * p.heads * p.num_groups;
-    // Two waves of blocks; but each share costs an fp32 copy of the gradient, so at most 64 MiB of them.
+    const int64_t blocks = static_cast<int64_t>(ceil_div(p.q_len, 64)) * ceil_div(p.k_len, 64) * p.heads * p.num_groups;
+    // Enough blocks to fill the machine; but each share costs an fp32 copy of the gradient, so at most 64 MiB of them.
     const int64_t wanted = ceil_div<int64_t>(4 * static_cast<int64_t>(num_sms), blocks);
     const int64_t copy_bytes = static_cast<int64_t>(p.num_groups) * p.heads * p.q_len * p.k_len * 4;
     const int64_t affordable = (static_cast<int64_t>(64) << 20) / copy_bytes;
@@ -118,7 +122,7 @@ extern "C" const char* ds4sci_evoformer_status_string(int32_t status) {
         case kInvalidDtype:
             return "dtype of q or of a bias is not one the kernels take";
         case kInvalidArgument:
-            return "a size is not positive, or an output misses its input";
+            return "a size is not positive, a stride above 2^31, or an output misses its input";
         default:
             return cudaGetErrorString(static_cast<cudaError_t>(status));
     }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pair bias of one tile: global -> shared -> the accumulator layout of tile_mma.h, as (bias * log2(e) - row reference).
-// The bias is never rounded: a 16-bit bias is scaled after unpacking, an fp32 bias stays fp32 (rounding the scaled bias to
-// bf16 would raise the output error up to sixfold).
+// The pair bias of one tile: global -> shared -> the accumulator layout of tile_mma.h, as (bias - row maximum) in fp32. The
+// bias is never rounded: a 16-bit bias is widened before the subtraction, an fp32 bias stays fp32.
 //
 // A dropped key is -inf; arithmetic carries it through: -inf + finite = -inf and exp2(-inf) = 0.
 #pragma once
@@ -14,38 +13,35 @@ namespace ds4sci {
 
 DS4SCI_HOST_DEVICE constexpr int bias_pitch(int columns, int element_bytes) { return columns * element_bytes + kChunkBytes; }
 
-template <int kTileRows, int kCols, int kNumThreads, int kElementBytes>
-DS4SCI_DEVICE void load_bias_elements(uint32_t tile, const KernelParams& p, int64_t offset, int q, int key, int thread) {
-    constexpr int kChunks = kCols * kElementBytes / kChunkBytes, kPitch = bias_pitch(kCols, kElementBytes);
-    static_assert(kNumThreads % kChunks == 0, "a thread keeps its column");
-    // Every step of the loop moves by the same number of rows: one pointer per thread, no division.
-    constexpr int kRowStep = kNumThreads / kChunks;
-    const int chunk = thread % kChunks;
-    const int column = key + chunk * (kChunkBytes / kElementBytes);
-    const int available = (p.k_len - column) * kElementBytes;
-    const int bytes = available < 0 ? 0 : available < kChunkBytes ? available : kChunkBytes;
-    const unsigned char* base = static_cast<const unsigned char*>(p.pair_bias);
-    int row = thread / kChunks;
-    const unsigned char* source = base + (offset + (q + row) * p.pair_stride_q + column) * kElementBytes;
-    tile += row * kPitch + chunk * kChunkBytes;
-#pragma unroll 2
-    for (; row < kTileRows; row += kRowStep) {
-        const bool valid = bytes > 0 && q + row < p.q_len;
-        cp_async_16(tile, valid ? source : base, valid ? bytes : 0);
-        source += kRowStep * p.pair_stride_q * kElementBytes;
-        tile += kRowStep * kPitch;
-    }
-}
-
-// Copy kTileRows queries x kCols keys that start at (q, key); what lies outside [Lq, Lk] becomes zeros.
+// Copies tiles of kTileRows queries x kCols keys. Past the last query or key it repeats the last row or 16 bytes, which nobody
+// uses; rows are padded to whole 16 bytes (params.h).
 template <int kTileRows, int kCols, int kNumThreads>
-DS4SCI_DEVICE void load_bias_tile(uint32_t tile, const KernelParams& p, int64_t offset, int q, int key, int thread) {
-    if (p.pair_is_fp32()) {
-        load_bias_elements<kTileRows, kCols, kNumThreads, 4>(tile, p, offset, q, key, thread);
-    } else {
-        load_bias_elements<kTileRows, kCols, kNumThreads, 2>(tile, p, offset, q, key, thread);
+struct BiasCopy {
+    template <int kElementBytes>
+    static DS4SCI_DEVICE void load_elements(uint32_t tile, const KernelParams& p, int64_t offset, int q, int key, int thread) {
+        constexpr int kChunkElements = kChunkBytes / kElementBytes, kPitch = bias_pitch(kCols, kElementBytes);
+        constexpr int kLanes = kCols / kChunkElements;  // threads that share a row
+        constexpr int kRowStep = kNumThreads / kLanes;
+        const int row = thread / kLanes, chunk = thread % kLanes;
+        const int wanted_key = key + chunk * kChunkElements, last_key = (p.k_len - 1) / kChunkElements * kChunkElements;
+        const unsigned char* source = static_cast<const unsigned char*>(p.pair_bias) +
+                                      (offset + (wanted_key < last_key ? wanted_key : last_key)) * kElementBytes;
+        tile += row * kPitch + chunk * kChunkBytes;
+#pragma unroll
+        for (int i = 0; i < kTileRows; i += kRowStep) {
+            if (kTileRows % kRowStep != 0 && row + i >= kTileRows) break;
+            const int wanted = q + row + i, last = p.q_len - 1;
+            cp_async_16(tile + i * kPitch, source + (wanted < last ? wanted : last) * p.pair_stride_q * kElementBytes);
+        }
     }
-}
+    static DS4SCI_DEVICE void load(uint32_t tile, const KernelParams& p, int64_t offset, int q, int key, int thread) {
+        if (p.pair_is_fp32()) {
+            load_elements<4>(tile, p, offset, q, key, thread);
+        } else {
+            load_elements<2>(tile, p, offset, q, key, thread);
+        }
+    }
+};
 
 // Rows are queries. `tile` is the address of the warp's first row and first column.
 template <typename T, int kTiles>
@@ -56,10 +52,10 @@ DS4SCI_DEVICE void read_bias(float (&bias)[kTiles][4], uint32_t tile, int pitch,
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
             const float2 low = lds_f32x2(address + j * 32), high = lds_f32x2(address + 8 * pitch + j * 32);
-            bias[j][0] = fmaf(low.x, kLog2E, -ref_low);
-            bias[j][1] = fmaf(low.y, kLog2E, -ref_low);
-            bias[j][2] = fmaf(high.x, kLog2E, -ref_high);
-            bias[j][3] = fmaf(high.y, kLog2E, -ref_high);
+            bias[j][0] = low.x - ref_low;
+            bias[j][1] = low.y - ref_low;
+            bias[j][2] = high.x - ref_high;
+            bias[j][3] = high.y - ref_high;
         }
         return;
     }
@@ -72,10 +68,10 @@ DS4SCI_DEVICE void read_bias(float (&bias)[kTiles][4], uint32_t tile, int pitch,
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float2 low = unpack2<T>(fragment[2 * half]), high = unpack2<T>(fragment[2 * half + 1]);
-                bias[j + half][0] = fmaf(low.x, kLog2E, -ref_low);
-                bias[j + half][1] = fmaf(low.y, kLog2E, -ref_low);
-                bias[j + half][2] = fmaf(high.x, kLog2E, -ref_high);
-                bias[j + half][3] = fmaf(high.y, kLog2E, -ref_high);
+                bias[j + half][0] = low.x - ref_low;
+                bias[j + half][1] = low.y - ref_low;
+                bias[j + half][2] = high.x - ref_high;
+                bias[j + half][3] = high.y - ref_high;
             }
         }
     }
@@ -115,10 +111,10 @@ DS4SCI_DEVICE void read_bias_transposed(float (&bias)[kTiles][4], uint32_t tile,
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
         const float2 ref = lds_f32x2(refs + (j * 8 + pair * 2) * 4);
-        bias[j][0] = fmaf(bias[j][0], kLog2E, -ref.x);
-        bias[j][1] = fmaf(bias[j][1], kLog2E, -ref.y);
-        bias[j][2] = fmaf(bias[j][2], kLog2E, -ref.x);
-        bias[j][3] = fmaf(bias[j][3], kLog2E, -ref.y);
+        bias[j][0] = bias[j][0] - ref.x;
+        bias[j][1] = bias[j][1] - ref.y;
+        bias[j][2] = bias[j][2] - ref.x;
+        bias[j][3] = bias[j][3] - ref.y;
     }
 }
 

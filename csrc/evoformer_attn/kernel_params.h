@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What kernels receive: the caller's parameters plus the prepared operands in the workspace, and the work-item order.
 #pragma once
+#include <cmath>
+
 #include "device.h"
 #include "params.h"
 
@@ -10,8 +12,8 @@ namespace ds4sci {
 constexpr int kLengthPadding = 128;
 
 struct KernelParams : EvoformerParams {
-    float* mask_log2;     // [mask_batch, mask_rows, k_len_padded]: (mask - row max) * log2(e); -inf: dropped; null: no mask
-    float* pair_ref;      // [pair_batch, pair_heads, q_len_padded]: row max of the pair bias * log2(e); null: no pair bias
+    float* mask;          // [mask_batch, mask_rows, k_len_padded]: mask - row max; -inf: dropped; null: no mask
+    float* pair_max;      // [pair_batch, pair_heads, q_len_padded]: row max of the pair bias; null: no pair bias
     float2* row_stats;    // backward: [B, N, H, q_len_padded] of {lse * log2(e), delta}; {+inf, 0} where P must be 0
     float* lse_low;       // backward, fp32 problems: what rounding lse * log2(e) to fp32 left over, same layout
     int32_t q_len_padded, k_len_padded;
@@ -30,11 +32,12 @@ struct LseType<float> {
     using type = double;
 };
 
-// exp2(x - lse); fp32 problems subtract in two steps.
+// exp(x - lse) with lse in log2 units; fp32 problems subtract in two steps.
 template <typename T>
-DS4SCI_DEVICE float probability(float x, float lse, float lse_low) {
-    if constexpr (sizeof(T) == 4) return exp2_approx((x - lse) - lse_low);
-    return exp2_approx(x - lse);
+DS4SCI_DEVICE float probability(float x, float lse_log2, float lse_log2_low) {
+    const float difference = fmaf(x, kLog2E, -lse_log2);
+    if constexpr (sizeof(T) == 4) return exp2_approx(difference - lse_log2_low);
+    return exp2_approx(difference);
 }
 
 // Position of one thread block: which tile of which rows. Tiles run fastest, then row blocks, then heads, so that blocks
@@ -61,23 +64,17 @@ struct RowLocation {
 
     DS4SCI_DEVICE static RowLocation of(const KernelParams& p, int group, int row_in_group) {
         RowLocation location;
-        const int row = group * p.rows_per_group + row_in_group;
+        location.valid = row_in_group < p.rows_per_group;
+        const int row = group * p.rows_per_group + (location.valid ? row_in_group : 0);
         location.b = row / p.rows;
         location.n = row % p.rows;
-        location.valid = row_in_group < p.rows_per_group;
         return location;
     }
-    // The row `distance` further on; row 0 of the sample, marked invalid, past the end of the group.
-    DS4SCI_DEVICE RowLocation next(const KernelParams& p, int row_in_group, int distance) const {
-        RowLocation location = *this;
-        location.n += distance;
-        while (location.n >= p.rows) {
-            location.n -= p.rows;
-            ++location.b;
+    DS4SCI_DEVICE void advance(const KernelParams& p) {
+        if (++n == p.rows) {
+            n = 0;
+            ++b;
         }
-        location.valid = row_in_group + distance < p.rows_per_group;
-        if (!location.valid) location.b = location.n = 0;
-        return location;
     }
     template <typename T>
     DS4SCI_DEVICE const T* in(const void* base, const RowStrides& stride, int head) const {
@@ -90,22 +87,22 @@ struct RowLocation {
     }
     // Index of [B, N, H] for this row and head.
     DS4SCI_DEVICE int64_t head_row(const KernelParams& p, int head) const { return flat(p) * p.heads + head; }
-    DS4SCI_DEVICE const float* mask(const KernelParams& p) const {
+    DS4SCI_DEVICE const float* mask_of(const KernelParams& p) const {
         const int64_t row = (p.mask_batch == 1 ? 0 : b) * static_cast<int64_t>(p.mask_rows) + (p.mask_rows == 1 ? 0 : n);
-        return p.mask_log2 + row * p.k_len_padded;
+        return p.mask + row * p.k_len_padded;
     }
 
    private:
     DS4SCI_DEVICE int64_t flat(const KernelParams& p) const { return static_cast<int64_t>(b) * p.rows + n; }
 };
 
-// Offsets of the pair bias and its row reference for one (group, head).
+// Offsets of the pair bias and its row maxima for one (group, head).
 DS4SCI_DEVICE int64_t pair_offset(const KernelParams& p, int group, int head) {
     return (p.pair_batch == 1 ? 0 : group) * p.pair_stride_b + (p.pair_heads == 1 ? 0 : head) * p.pair_stride_h;
 }
-DS4SCI_DEVICE const float* pair_ref(const KernelParams& p, int group, int head) {
+DS4SCI_DEVICE const float* pair_max_of(const KernelParams& p, int group, int head) {
     const int64_t row = (p.pair_batch == 1 ? 0 : group) * static_cast<int64_t>(p.pair_heads) + (p.pair_heads == 1 ? 0 : head);
-    return p.pair_ref + row * p.q_len_padded;
+    return p.pair_max + row * p.q_len_padded;
 }
 
 }  // namespace ds4sci

@@ -19,7 +19,9 @@ struct EvoformerParams {
     const void* k;          // [B, N, Lk, H, D]
     const void* v;          // [B, N, Lk, H, D]
     const void* mask_bias;  // [B|1, N|1, Lk], dtype of q, fp32 or bool (true = keep); null when absent
-    const void* pair_bias;  // [B|1, H|1, Lq, Lk], dtype of q or fp32, keys contiguous, rows 16-byte aligned; null when absent
+    // [B|1, H|1, Lq, Lk], dtype of q or fp32, keys contiguous; null when absent. Rows start at multiples of 16 bytes and may be
+    // read up to the next one.
+    const void* pair_bias;
     void* o;                // [B, N, Lq, H, D] contiguous; written by forward, read by backward
     // [B, N, H, Lq] natural log, relative to the row maxima of both biases; -inf: no key left. fp32, for fp32 problems fp64:
     // exp(x - lse) turns the rounding of lse into an error of every probability of the row.

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // One launch before the main kernels. Its blocks do one of three small things, by block number:
-//   pair rows   pair_ref  = row max of the pair bias, in log2 units
-//   mask rows   mask_log2 = (mask - row max) * log2(e), fp32, padded with -inf
+//   pair rows   pair_max  = row max of the pair bias
+//   mask rows   mask      = mask - row max, fp32, padded with -inf
 //   vectors     row_stats = {lse * log2(e), delta = rowsum(dO * O)}, padded with {+inf, 0}      (backward)
 // Softmax is invariant to a constant per row, so subtracting the row maxima is exact. It keeps rows whose every key carries
 // a large negative bias (-1e9) exact as well: in fp32, -1e9 + logit would lose the logit.
 #pragma once
-#include <cfloat>
 #include <cmath>
 
 #include "kernel_params.h"
+#include "tile.h"
 
 namespace ds4sci {
 
@@ -23,10 +23,10 @@ struct PrepareBlocks {
 
     DS4SCI_HOST_DEVICE static PrepareBlocks of(const KernelParams& p) {
         PrepareBlocks blocks{0, 0, 0};
-        if (p.pair_ref != nullptr) {
+        if (p.pair_max != nullptr) {
             blocks.pair = ceil_div<int64_t>(static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded, kPrepareWarps);
         }
-        if (p.mask_log2 != nullptr) {
+        if (p.mask != nullptr) {
             blocks.mask = ceil_div<int64_t>(static_cast<int64_t>(p.mask_batch) * p.mask_rows, kPrepareWarps);
         }
         if (p.row_stats != nullptr) {
@@ -43,11 +43,33 @@ DS4SCI_DEVICE float warp_max(float x) {
     return x;
 }
 
+// The largest of the elements in a 16-byte chunk, of which `valid` count.
 template <typename T>
-DS4SCI_DEVICE float load_element(const void* base, int64_t index, int32_t dtype) {
-    if (dtype == kFloat32) return static_cast<const float*>(base)[index];
-    if (dtype == kBool) return static_cast<const uint8_t*>(base)[index] != 0 ? 0.f : -INFINITY;
-    return to_float(static_cast<const T*>(base)[index]);
+DS4SCI_DEVICE float chunk_max(const uint4& chunk, int valid) {
+    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 4) {
+            if (i < valid) maximum = fmaxf(maximum, bits_to_float(words[i]));
+        } else {
+            const float2 pair = unpack2<T>(words[i]);
+            if (2 * i < valid) maximum = fmaxf(maximum, pair.x);
+            if (2 * i + 1 < valid) maximum = fmaxf(maximum, pair.y);
+        }
+    }
+    return maximum;
+}
+
+template <typename T>
+DS4SCI_DEVICE float pair_row_max(const T* row, int k_len, int lane) {
+    constexpr int kElements = kChunkBytes / sizeof(T);
+    float maximum = -INFINITY;
+#pragma unroll 4
+    for (int key = lane * kElements; key < k_len; key += 32 * kElements) {
+        maximum = fmaxf(maximum, chunk_max<T>(*reinterpret_cast<const uint4*>(row + key), k_len - key));
+    }
+    return warp_max(maximum);
 }
 
 template <typename T>
@@ -55,32 +77,43 @@ DS4SCI_DEVICE void prepare_pair_row(const KernelParams& p, int64_t row, int lane
     if (row >= static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded) return;
     const int q = static_cast<int>(row % p.q_len_padded);
     const int64_t head_row = row / p.q_len_padded;
+    const int64_t offset =
+        head_row / p.pair_heads * p.pair_stride_b + head_row % p.pair_heads * p.pair_stride_h + q * p.pair_stride_q;
+    const int k_len = q < p.q_len ? p.k_len : 0;
+    const float maximum = p.pair_is_fp32() ? pair_row_max(static_cast<const float*>(p.pair_bias) + offset, k_len, lane)
+                                           : pair_row_max(static_cast<const T*>(p.pair_bias) + offset, k_len, lane);
+    if (lane == 0) p.pair_max[row] = maximum == -INFINITY ? 0.f : maximum;
+}
+
+struct KeepMask {
+    uint8_t keep;
+};
+DS4SCI_DEVICE float to_float(KeepMask mask) { return mask.keep != 0 ? 0.f : -INFINITY; }
+
+template <typename Source>
+DS4SCI_DEVICE void prepare_mask_row(const Source* source, int64_t stride, float* prepared, const KernelParams& p, int lane) {
     float maximum = -INFINITY;
-    if (q < p.q_len) {
-        const int64_t offset =
-            head_row / p.pair_heads * p.pair_stride_b + head_row % p.pair_heads * p.pair_stride_h + q * p.pair_stride_q;
-        for (int key = lane; key < p.k_len; key += 32) maximum = fmaxf(maximum, load_element<T>(p.pair_bias, offset + key, p.pair_dtype));
-    }
+#pragma unroll 4
+    for (int key = lane; key < p.k_len; key += 32) maximum = fmaxf(maximum, to_float(source[key * stride]));
     maximum = warp_max(maximum);
-    // Any finite reference is right; this one must not overflow when scaled.
-    const float reference = maximum == -INFINITY ? 0.f : fmaxf(maximum, -2e38f) * kLog2E;
-    if (lane == 0) p.pair_ref[row] = reference;
+    if (maximum == -INFINITY) maximum = 0.f;
+#pragma unroll 4
+    for (int key = lane; key < p.k_len_padded; key += 32) {
+        prepared[key] = key < p.k_len ? to_float(source[key * stride]) - maximum : -INFINITY;
+    }
 }
 
 template <typename T>
 DS4SCI_DEVICE void prepare_mask_row(const KernelParams& p, int64_t row, int lane) {
     if (row >= static_cast<int64_t>(p.mask_batch) * p.mask_rows) return;
     const int64_t offset = row / p.mask_rows * p.mask_stride_b + row % p.mask_rows * p.mask_stride_n;
-    float maximum = -INFINITY;
-    for (int key = lane; key < p.k_len; key += 32) {
-        maximum = fmaxf(maximum, load_element<T>(p.mask_bias, offset + key * p.mask_stride_k, p.mask_dtype));
-    }
-    maximum = warp_max(maximum);
-    if (maximum == -INFINITY) maximum = 0.f;
-    for (int key = lane; key < p.k_len_padded; key += 32) {
-        float value = -INFINITY;
-        if (key < p.k_len) value = (load_element<T>(p.mask_bias, offset + key * p.mask_stride_k, p.mask_dtype) - maximum) * kLog2E;
-        p.mask_log2[row * p.k_len_padded + key] = value;
+    float* prepared = p.mask + row * p.k_len_padded;
+    if (p.mask_dtype == kBool) {
+        prepare_mask_row(static_cast<const KeepMask*>(p.mask_bias) + offset, p.mask_stride_k, prepared, p, lane);
+    } else if (p.mask_dtype == kFloat32) {
+        prepare_mask_row(static_cast<const float*>(p.mask_bias) + offset, p.mask_stride_k, prepared, p, lane);
+    } else {
+        prepare_mask_row(static_cast<const T*>(p.mask_bias) + offset, p.mask_stride_k, prepared, p, lane);
     }
 }
 
@@ -126,8 +159,10 @@ DS4SCI_DEVICE void prepare_row_stats(const KernelParams& p, int64_t vector, int 
     Lse lse = INFINITY;
     if (q < p.q_len) {
         lse = static_cast<const Lse*>(p.lse)[(row * p.heads + head) * p.q_len + q];
-        // A row without keys has lse = -inf; +inf makes its P = exp2(x - lse) zero.
-        lse = lse == -INFINITY ? static_cast<Lse>(INFINITY) : lse * static_cast<Lse>(1.4426950408889634074);
+        // A row without keys has lse = -inf; +inf makes its P = exp(x - lse) zero. So does a row whose every key is dropped by
+        // a finite bias, one half by the mask, the other by the pair bias: an fp32 lse no longer tells its keys apart.
+        const bool empty = lse == -INFINITY || (sizeof(Lse) == 4 && lse < -1e7f);
+        lse = empty ? static_cast<Lse>(INFINITY) : lse * static_cast<Lse>(1.4426950408889634074);
     }
     const int64_t index = (row * p.heads + head) * p.q_len_padded + q;
     const float lse_high = static_cast<float>(lse);

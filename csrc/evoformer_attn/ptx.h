@@ -22,9 +22,8 @@ DS4SCI_DEVICE void block_sync() { __syncthreads(); }
 DS4SCI_DEVICE void warp_sync() { __syncwarp(); }
 
 // ---- asynchronous copies ----
-// 16 bytes to shared memory, of which the last 16 - bytes are zeros. bytes = 0 reads nothing.
-DS4SCI_DEVICE void cp_async_16(uint32_t dst, const void* src, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+DS4SCI_DEVICE void cp_async_16(uint32_t dst, const void* src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
 DS4SCI_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -73,6 +72,9 @@ DS4SCI_DEVICE uint4 lds_u32x4(uint32_t address) {
 }
 DS4SCI_DEVICE void sts_u32(uint32_t address, uint32_t x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+DS4SCI_DEVICE void sts_zero_16(uint32_t address) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(address), "r"(0) : "memory");
 }
 DS4SCI_DEVICE void sts_f32x2(uint32_t address, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x), "f"(y) : "memory");
@@ -129,8 +131,23 @@ DS4SCI_DEVICE float exp2_approx(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// A product that the compiler may not merge into a following addition.
+DS4SCI_DEVICE float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
 DS4SCI_DEVICE float shfl(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DS4SCI_DEVICE float shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// The same value in every lane, told to the compiler: it can then live in a uniform register.
+template <typename Value>
+DS4SCI_DEVICE const Value* warp_uniform(const Value* pointer) {
+    const uint64_t bits = reinterpret_cast<uint64_t>(pointer);
+    const uint64_t low = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits), 0);
+    const uint64_t high = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits >> 32), 0);
+    return reinterpret_cast<const Value*>(high << 32 | low);
+}
+// The same value, of unknown origin to the compiler: what depends on it is computed again rather than kept in registers.
+DS4SCI_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 DS4SCI_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
 // ---- launch ----

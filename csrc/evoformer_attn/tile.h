@@ -16,23 +16,42 @@ struct TilePitch {
     static constexpr int kBytes = kRowBytes + kChunkBytes;
 };
 
-// Copy kTileRows x kHeadDim from global memory (rows `stride` elements apart). Rows from `valid_rows` on and columns from
-// `head_dim` on become zeros.
+// Copies tiles of kTileRows x kHeadDim elements into shared memory. Rows past the end repeat the last row: what they would add
+// is dropped (keys by the bias, queries by their statistics), and an address that depends on the tile keeps the compiler from
+// holding the address of every copy in registers, which spills.
 template <typename T, int kHeadDim, int kTileRows, int kNumThreads>
-DS4SCI_DEVICE void load_tile(uint32_t tile, const T* source, int64_t stride, int valid_rows, int head_dim, int thread) {
-    using Pitch = TilePitch<T, kHeadDim>;
-    constexpr int kChunks = Pitch::kRowBytes / kChunkBytes;
-    constexpr int kChunkElements = kChunkBytes / sizeof(T);
-#pragma unroll 4  // more would keep the address of every copy in registers
-    for (int first = 0; first < kTileRows * kChunks; first += kNumThreads) {
-        const int i = first + thread;
-        if (kTileRows * kChunks % kNumThreads != 0 && i >= kTileRows * kChunks) break;
-        const int row = i / kChunks, chunk = i % kChunks;
-        const bool valid = row < valid_rows && chunk * kChunkElements < head_dim;
-        const T* chunk_source = valid ? source + row * stride + chunk * kChunkElements : source;
-        cp_async_16(tile + row * Pitch::kBytes + chunk * kChunkBytes, chunk_source, valid ? kChunkBytes : 0);
+struct TileCopy {
+    static constexpr int kPitch = TilePitch<T, kHeadDim>::kBytes;
+    static constexpr int kChunks = TilePitch<T, kHeadDim>::kRowBytes / kChunkBytes;
+    static constexpr int kChunkElements = kChunkBytes / sizeof(T);
+    // Threads that share a row, a power of two; those past the last chunk stay idle.
+    static constexpr int kLanes = kChunks <= 2 ? 2 : kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+    static constexpr int kRowStep = kNumThreads / kLanes;
+
+    // `source` is row 0 of `length` rows, `stride` elements apart; the tile starts at row `first`. Chunks past the head dim are
+    // left alone (see clear_padding).
+    static DS4SCI_DEVICE void load(uint32_t tile, const T* source, int32_t stride, int first, int length, int head_dim, int thread) {
+        const int row = thread / kLanes, chunk = thread % kLanes;
+        if (chunk * kChunkElements >= head_dim) return;
+        tile += row * kPitch + chunk * kChunkBytes;
+        source += chunk * kChunkElements;
+#pragma unroll
+        for (int i = 0; i < kTileRows; i += kRowStep) {
+            if (kTileRows % kRowStep != 0 && row + i >= kTileRows) break;
+            const int wanted = first + row + i, last = length - 1;
+            cp_async_16(tile + i * kPitch, source + static_cast<int64_t>(wanted < last ? wanted : last) * stride);
+        }
     }
-}
+
+    // Zero the chunks past the head dim. No copy writes them, so once per buffer is enough.
+    static DS4SCI_DEVICE void clear_padding(uint32_t tile, int head_dim, int thread) {
+        const int first = ceil_div(head_dim, kChunkElements);
+        for (int row = thread / kLanes; row < kTileRows; row += kRowStep) {
+            const int chunk = thread % kLanes;
+            if (chunk >= first && chunk < kChunks) sts_zero_16(tile + row * kPitch + chunk * kChunkBytes);
+        }
+    }
+};
 
 // Copy kFloats consecutive fp32 values (a multiple of four) into shared memory.
 template <int kFloats, int kNumThreads>
@@ -41,7 +60,7 @@ DS4SCI_DEVICE void load_vector(uint32_t dst, const float* source, int thread) {
 #pragma unroll
     for (int first = 0; first < kFloats / 4; first += kNumThreads) {
         const int i = first + thread;
-        if (i < kFloats / 4) cp_async_16(dst + i * kChunkBytes, source + i * 4, kChunkBytes);
+        if (i < kFloats / 4) cp_async_16(dst + i * kChunkBytes, source + i * 4);
     }
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
 _ALIGNMENT_BYTES = 16
+_MAX_STRIDE = 2**31 - 1  # from one position of a row to the next, elements; kernels keep it in 32 bits
 _POINTERS = ("q k v mask_bias pair_bias o lse d_o dq dk dv dpair_bias dmask_bias workspace stream").split()
 _ROW_STRIDES = "q_stride k_stride v_stride d_o_stride".split()
 _STRIDES = "mask_stride_b mask_stride_n mask_stride_k pair_stride_b pair_stride_h pair_stride_q".split()
@@ -232,16 +233,19 @@ def _aligned_rows(x: Tensor) -> Tensor:
     elements = _ALIGNMENT_BYTES // x.element_size()
     if x.shape[-1] % elements != 0:
         return F.pad(x, (0, -x.shape[-1] % elements))
-    return x if _is_aligned(x) else x.contiguous()
+    return x if _is_aligned(x) and x.stride(2) <= _MAX_STRIDE else x.contiguous()
 
 
 def _aligned_pair_bias(pair_bias: Tensor | None) -> Tensor | None:
-    """pair_bias, or a copy whose rows are padded so that each starts at a multiple of 16 bytes."""
-    if pair_bias is None or _is_aligned(pair_bias):
-        return pair_bias
+    """pair_bias, or a copy whose rows start at multiples of 16 bytes and hold whole 16 bytes: kernels read those."""
+    if pair_bias is None:
+        return None
     *leading, k_len = pair_bias.shape
-    elements = _ALIGNMENT_BYTES // pair_bias.element_size()
-    copy = pair_bias.new_empty(*leading, k_len + -k_len % elements)[..., :k_len]
+    padding = -k_len % (_ALIGNMENT_BYTES // pair_bias.element_size())
+    if padding == 0 and _is_aligned(pair_bias):
+        return pair_bias
+    # The padding is read, not used; zeros, so that no tool takes it for a mistake.
+    copy = pair_bias.new_zeros(*leading, k_len + padding)[..., :k_len]
     return copy.copy_(pair_bias)
 
 

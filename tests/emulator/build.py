@@ -11,7 +11,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "evoformer_attn"
 EMULATOR = Path(__file__).resolve().parent
 # -O1: the emulator's time goes into switching threads, and -O2 doubles the compile time.
-FLAGS = ["-O1", "-std=c++17", "-fPIC", "-DDS4SCI_EMULATE", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-O1",
+    "-std=c++17",
+    "-fPIC",
+    "-DDS4SCI_EMULATE",
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
 
 
 def build(folder: Path | None = None) -> Path:

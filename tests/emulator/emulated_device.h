@@ -215,12 +215,11 @@ inline void warp_sync() {
     emulator::warp_collective(nothing, [](int**) {});
 }
 
-inline void cp_async_16(uint32_t dst, const void* src, int bytes) {
-    if (reinterpret_cast<uintptr_t>(src) % 16 != 0 && bytes > 0) emulator::fail("misaligned cp.async source");
-    if (bytes < 0 || bytes > 16) emulator::fail("cp.async of a wrong size");
+inline void cp_async_16(uint32_t dst, const void* src) {
+    if (reinterpret_cast<uintptr_t>(src) % 16 != 0) emulator::fail("misaligned cp.async source");
     emulator::smem_at(dst, 16);
     emulator::Copy copy{dst, {}};
-    std::memcpy(copy.data, src, bytes);
+    std::memcpy(copy.data, src, 16);
     if (emulator::block().deferred_copies) {
         emulator::fibre().copies.back().push_back(copy);
     } else {
@@ -275,6 +274,7 @@ inline float2 lds_f32x2(uint32_t address) { return read_smem<float2>(address); }
 inline float4 lds_f32x4(uint32_t address) { return read_smem<float4>(address); }
 inline uint4 lds_u32x4(uint32_t address) { return read_smem<uint4>(address); }
 inline void sts_u32(uint32_t address, uint32_t x) { std::memcpy(emulator::smem_at(address, 4), &x, 4); }
+inline void sts_zero_16(uint32_t address) { std::memset(emulator::smem_at(address, 16), 0, 16); }
 inline void sts_f32x2(uint32_t address, float x, float y) {
     const float2 value{x, y};
     std::memcpy(emulator::smem_at(address, 8), &value, 8);
@@ -372,6 +372,20 @@ inline float shuffle(float x, int source) {
 }  // namespace emulator
 inline float shfl(float x, int lane) { return emulator::shuffle(x, lane); }
 inline float shfl_xor(float x, int mask) { return emulator::shuffle(x, static_cast<int>(threadIdx.x % 32) ^ mask); }
+template <typename Value>
+const Value* warp_uniform(const Value* pointer) {
+    struct Argument {
+        const Value* pointer;
+    } argument{pointer};
+    emulator::warp_collective(argument, [](Argument** lanes) {
+        for (int i = 0; i < 32; ++i) {
+            if (lanes[i]->pointer != lanes[0]->pointer) emulator::fail("warp_uniform of different values");
+        }
+    });
+    return pointer;
+}
+inline float multiply_rounded(float x, float y) { return x * y; }  // compiled without contraction
+inline int opaque(int x) { return x; }
 inline bool warp_any(bool x) {
     bool argument = x;
     emulator::warp_collective(argument, [](bool** lanes) {

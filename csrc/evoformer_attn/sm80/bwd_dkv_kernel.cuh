@@ -21,13 +21,26 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
 
     const WorkItem item = decode_work_item(blockIdx.x, ceil_div(p.k_len, Tile::kBlockN), ceil_div(p.rows_per_group, kRows), p.heads);
     const int key0 = item.tile * Tile::kBlockN;
-    const bool has_pair = p.pair_bias != nullptr, has_mask = p.mask_log2 != nullptr;
-    const int64_t pair_base = has_pair ? pair_offset(p, item.group, item.head) : 0;
+    const bool has_pair = p.pair_bias != nullptr, has_mask = p.mask != nullptr;
     const int pair_bytes = p.pair_element_bytes(), pitch = bias_pitch(Tile::kBlockN, pair_bytes);
     const int bias_stage_bytes = Tile::bias_bytes(pair_bytes);
 
-    const RowLocation first_row = RowLocation::of(p, item.group, item.row_block * kRows);
-    auto row_location = [&](int r) { return first_row.next(p, item.row_block * kRows, r); };
+    const int64_t pair_base = has_pair ? pair_offset(p, item.group, item.head) : 0;
+    using KeyCopy = TileCopy<T, kHeadDim, Tile::kBlockN, kThreads>;
+    using QueryCopy = TileCopy<T, kHeadDim, Tile::kBlockM, kThreads>;
+    const float* pair_max = has_pair ? pair_max_of(p, item.group, item.head) : nullptr;
+    RowLocation rows[kRows];
+    const T *q_rows[kRows], *d_o_rows[kRows];
+    const float2* stats_rows[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        rows[r] = RowLocation::of(p, item.group, item.row_block * kRows + r);
+        const RowLocation& row = rows[r];
+        q_rows[r] = warp_uniform(row.template in<T>(p.q, p.q_stride, item.head));
+        d_o_rows[r] = warp_uniform(row.template in<T>(p.d_o, p.d_o_stride, item.head));
+        stats_rows[r] = warp_uniform(p.row_stats + row.head_row(p, item.head) * p.q_len_padded);
+    }
+
     auto key_of = [&](int r) { return smem + 2 * r * Tile::kKeyBytes; };  // K, then V
     auto mask_of = [&](int r) { return smem + Tile::kMaskOffset + r * Tile::kBlockN * 4; };
     auto stage_of = [&](int q_tile) { return smem + Tile::kStageOffset + q_tile % Tile::kStages * Tile::kStageBytes; };
@@ -36,43 +49,46 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
     auto load_stage = [&](int q_tile) {
         const int query = q_tile * Tile::kBlockM;
         if (has_pair) {
-            load_bias_tile<Tile::kBlockM, Tile::kBlockN, kThreads>(bias_of(q_tile), p, pair_base, query, key0, thread);
-            load_vector<Tile::kBlockM, kThreads>(refs_of(q_tile), pair_ref(p, item.group, item.head) + query, thread);
+            BiasCopy<Tile::kBlockM, Tile::kBlockN, kThreads>::load(bias_of(q_tile), p, pair_base, query, key0, thread);
+            load_vector<Tile::kBlockM, kThreads>(refs_of(q_tile), pair_max + query, thread);
         }
-#pragma unroll 1  // unrolled, the addresses of every copy stay in registers
+#pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const RowLocation row = row_location(r);
-            const uint32_t stage = stage_of(q_tile) + r * Tile::kRowStageBytes;
-            const int valid = row.valid ? p.q_len - query : 0;
-            const T* q = row.in<T>(p.q, p.q_stride, item.head) + query * p.q_stride.l;
-            const T* d_o = row.in<T>(p.d_o, p.d_o_stride, item.head) + query * p.d_o_stride.l;
-            load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage, q, p.q_stride.l, valid, p.head_dim, thread);
-            load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage + Tile::kQueryBytes, d_o, p.d_o_stride.l, valid, p.head_dim,
-                                                            thread);
-            const int64_t first = row.head_row(p, item.head) * p.q_len_padded + query;
-            load_vector<Tile::kBlockM * 2, kThreads>(stage + 2 * Tile::kQueryBytes,
-                                                     reinterpret_cast<const float*>(p.row_stats + first), thread);
+            const uint32_t stage = stage_of(q_tile) + r * Tile::kRowStageBytes, stats = stage + 2 * Tile::kQueryBytes;
+            QueryCopy::load(stage, q_rows[r], p.q_stride.l, query, p.q_len, p.head_dim, thread);
+            QueryCopy::load(stage + Tile::kQueryBytes, d_o_rows[r], p.d_o_stride.l, query, p.q_len, p.head_dim, thread);
+            load_vector<Tile::kBlockM * 2, kThreads>(stats, reinterpret_cast<const float*>(stats_rows[r] + query), thread);
             if (sizeof(T) == 4) {
-                load_vector<Tile::kBlockM, kThreads>(stage + 2 * Tile::kQueryBytes + Tile::kBlockM * 8, p.lse_low + first, thread);
+                load_vector<Tile::kBlockM, kThreads>(stats + Tile::kBlockM * 8, p.lse_low + (stats_rows[r] - p.row_stats) + query,
+                                                     thread);
             }
         }
     };
 
-    const float scale_log2 = p.softmax_scale * kLog2E;
+    if (p.head_dim < kHeadDim) {
+#pragma unroll 1
+        for (int r = 0; r < kRows; ++r) {
+            KeyCopy::clear_padding(key_of(r), p.head_dim, thread);
+            KeyCopy::clear_padding(key_of(r) + Tile::kKeyBytes, p.head_dim, thread);
+#pragma unroll 1
+            for (int stage = 0; stage < Tile::kStages; ++stage) {
+                QueryCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes, p.head_dim, thread);
+                QueryCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes + Tile::kQueryBytes, p.head_dim, thread);
+            }
+        }
+    }
     float dk[kRows][kHeadDim / 8][4], dv[kRows][kHeadDim / 8][4];
     float dmask[kRows][2];  // of keys quad, quad + 8
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        const RowLocation row = row_location(r);
-        const int valid = row.valid ? p.k_len - key0 : 0;
-        const T* k = row.in<T>(p.k, p.k_stride, item.head) + key0 * p.k_stride.l;
-        const T* v = row.in<T>(p.v, p.v_stride, item.head) + key0 * p.v_stride.l;
-        load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(key_of(r), k, p.k_stride.l, valid, p.head_dim, thread);
-        load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(key_of(r) + Tile::kKeyBytes, v, p.v_stride.l, valid, p.head_dim, thread);
+        KeyCopy::load(key_of(r), rows[r].template in<T>(p.k, p.k_stride, item.head), p.k_stride.l, key0, p.k_len, p.head_dim,
+                      thread);
+        KeyCopy::load(key_of(r) + Tile::kKeyBytes, rows[r].template in<T>(p.v, p.v_stride, item.head), p.v_stride.l, key0, p.k_len,
+                      p.head_dim, thread);
         zero_bias(dk[r]);
         zero_bias(dv[r]);
         dmask[r][0] = dmask[r][1] = 0.f;
-        if (has_mask) load_vector<Tile::kBlockN, kThreads>(mask_of(r), row.mask(p) + key0, thread);
+        if (has_mask) load_vector<Tile::kBlockN, kThreads>(mask_of(r), rows[r].mask_of(p) + key0, thread);
     }
     load_stage(0);
     cp_async_commit();
@@ -108,7 +124,7 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
                 if (sizeof(T) == 4) low = lds_f32x2(d_o + Tile::kQueryBytes + Tile::kBlockM * 8 + (j * 8 + pair * 2) * 4);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float x = fmaf(s[j][e], scale_log2, bias[j][e]) + mask[e >> 1];
+                    const float x = fmaf(s[j][e], p.softmax_scale, bias[j][e]) + mask[e >> 1];
                     s[j][e] = probability<T>(x, e & 1 ? stat.z : stat.x, e & 1 ? low.y : low.x);
                 }
             }
@@ -139,14 +155,14 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
 
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        const RowLocation row = row_location(r);
+        const RowLocation& row = rows[r];
         const int key = key0 + warp * 16, valid = row.valid ? p.k_len - key : 0;
         const int64_t stride = static_cast<int64_t>(p.heads) * p.head_dim;
         const uint32_t scratch = key_of(r) + warp * 16 * Tile::kPitch;
         if (p.dk != nullptr) {
-            store_accumulator<T, kHeadDim>(row.out<T>(p, p.dk, p.k_len, item.head) + key * stride, stride, valid, p.head_dim,
+            store_accumulator<T, kHeadDim>(row.template out<T>(p, p.dk, p.k_len, item.head) + key * stride, stride, valid, p.head_dim,
                                            scratch, dk[r], p.softmax_scale, p.softmax_scale, lane);
-            store_accumulator<T, kHeadDim>(row.out<T>(p, p.dv, p.k_len, item.head) + key * stride, stride, valid, p.head_dim,
+            store_accumulator<T, kHeadDim>(row.template out<T>(p, p.dv, p.k_len, item.head) + key * stride, stride, valid, p.head_dim,
                                            scratch + Tile::kKeyBytes, dv[r], 1.f, 1.f, lane);
         }
         if (p.dmask_bias != nullptr) {

@@ -23,7 +23,7 @@ DS4SCI_DEVICE void read_global_bias(float (&bias)[kTiles][4], const KernelParams
             const int64_t index = offset + query * p.pair_stride_q + column;
             const float value = p.pair_is_fp32() ? static_cast<const float*>(p.pair_bias)[index]
                                                  : to_float(static_cast<const T*>(p.pair_bias)[index]);
-            bias[j][e] = fmaf(value, kLog2E, -(e >> 1 ? ref_high : ref_low));
+            bias[j][e] = value - (e >> 1 ? ref_high : ref_low);
         }
     }
 }
@@ -50,36 +50,50 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
     const int group = static_cast<int>(block % p.num_groups), share = static_cast<int>(block / p.num_groups);
     const int first_row = static_cast<int>(static_cast<int64_t>(p.rows_per_group) * share / p.dpair_splits);
     const int end_row = static_cast<int>(static_cast<int64_t>(p.rows_per_group) * (share + 1) / p.dpair_splits);
-    const bool has_mask = p.mask_log2 != nullptr;
+    const bool has_mask = p.mask != nullptr;
+
+    using QueryCopy = TileCopy<T, kHeadDim, Tile::kBlockM, kThreads>;
+    using KeyCopy = TileCopy<T, kHeadDim, Tile::kBlockN, kThreads>;
+    RowLocation next_row = RowLocation::of(p, group, first_row);  // the one that load_stage loads next
 
     auto stage_of = [&](int i) { return smem + (i - first_row) % Tile::kStages * Tile::kStageBytes; };
     auto load_stage = [&](int i) {
-        const RowLocation row = RowLocation::of(p, group, i);
-        const uint32_t stage = stage_of(i);
-        const T* q = row.template in<T>(p.q, p.q_stride, head) + q0 * p.q_stride.l;
-        const T* d_o = row.template in<T>(p.d_o, p.d_o_stride, head) + q0 * p.d_o_stride.l;
-        const T* k = row.template in<T>(p.k, p.k_stride, head) + key0 * p.k_stride.l;
-        const T* v = row.template in<T>(p.v, p.v_stride, head) + key0 * p.v_stride.l;
-        load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage, q, p.q_stride.l, p.q_len - q0, p.head_dim, thread);
-        load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(stage + Tile::kQueryBytes, d_o, p.d_o_stride.l, p.q_len - q0, p.head_dim,
-                                                        thread);
-        load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(stage + 2 * Tile::kQueryBytes, k, p.k_stride.l, p.k_len - key0,
-                                                        p.head_dim, thread);
-        load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(stage + 2 * Tile::kQueryBytes + Tile::kKeyBytes, v, p.v_stride.l,
-                                                        p.k_len - key0, p.head_dim, thread);
-        if (has_mask) load_vector<Tile::kBlockN, kThreads>(stage + Tile::kMaskOffset, row.mask(p) + key0, thread);
+        const uint32_t stage = stage_of(i), keys = stage + 2 * Tile::kQueryBytes;
+        const int thread = opaque(threadIdx.x);  // the addresses do not change from row to row; held, they spill
+        const RowLocation& row = next_row;
+        auto load_queries = [&](uint32_t tile, const void* base, const RowStrides& stride) {
+            QueryCopy::load(tile, row.template in<T>(base, stride, head), stride.l, q0, p.q_len, p.head_dim, thread);
+        };
+        auto load_keys = [&](uint32_t tile, const void* base, const RowStrides& stride) {
+            KeyCopy::load(tile, row.template in<T>(base, stride, head), stride.l, key0, p.k_len, p.head_dim, thread);
+        };
+        load_queries(stage, p.q, p.q_stride);
+        load_queries(stage + Tile::kQueryBytes, p.d_o, p.d_o_stride);
+        load_keys(keys, p.k, p.k_stride);
+        load_keys(keys + Tile::kKeyBytes, p.v, p.v_stride);
+        if (has_mask) load_vector<Tile::kBlockN, kThreads>(stage + Tile::kMaskOffset, row.mask_of(p) + key0, thread);
         const int64_t first = row.head_row(p, head) * p.q_len_padded + q0;
         load_vector<Tile::kBlockM * 2, kThreads>(stage + Tile::kStatsOffset, reinterpret_cast<const float*>(p.row_stats + first),
                                                  thread);
         if (sizeof(T) == 4) load_vector<Tile::kBlockM, kThreads>(stage + Tile::kLowOffset, p.lse_low + first, thread);
+        next_row.advance(p);
     };
 
+    if (p.head_dim < kHeadDim) {
+#pragma unroll 1
+        for (int i = first_row; i < first_row + Tile::kStages; ++i) {
+            QueryCopy::clear_padding(stage_of(i), p.head_dim, thread);
+            QueryCopy::clear_padding(stage_of(i) + Tile::kQueryBytes, p.head_dim, thread);
+            KeyCopy::clear_padding(stage_of(i) + 2 * Tile::kQueryBytes, p.head_dim, thread);
+            KeyCopy::clear_padding(stage_of(i) + 2 * Tile::kQueryBytes + Tile::kKeyBytes, p.head_dim, thread);
+        }
+    }
     if (first_row < end_row) {
         load_stage(first_row);
         cp_async_commit();
     }
     const int q = q0 + warp * 16 + quad;
-    const float* refs = pair_ref(p, group, head) + q;
+    const float* refs = pair_max_of(p, group, head) + q;
     const float ref_low = refs[0], ref_high = refs[8];
     float bias[kChunks][kTiles][4], sum[kChunks][kTiles][4];
 #pragma unroll
@@ -88,7 +102,6 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
         zero_bias(sum[c]);
     }
 
-    const float scale_log2 = p.softmax_scale * kLog2E;
     for (int i = first_row; i < end_row; ++i) {
         cp_async_wait<0>();
         block_sync();
@@ -112,7 +125,7 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) s[j][e] = fmaf(s[j][e], scale_log2, bias[c][j][e]);
+                for (int e = 0; e < 4; ++e) s[j][e] = fmaf(s[j][e], p.softmax_scale, bias[c][j][e]);
             }
             if (has_mask) add_mask(s, stage + Tile::kMaskOffset + c * Tile::kChunkN * 4, lane);
 #pragma unroll

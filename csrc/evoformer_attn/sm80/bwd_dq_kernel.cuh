@@ -20,59 +20,75 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
 
     const WorkItem item = decode_work_item(blockIdx.x, ceil_div(p.q_len, Tile::kBlockM), ceil_div(p.rows_per_group, kRows), p.heads);
     const int q0 = item.tile * Tile::kBlockM;
-    const bool has_pair = p.pair_bias != nullptr, has_mask = p.mask_log2 != nullptr;
-    const int64_t pair_base = has_pair ? pair_offset(p, item.group, item.head) : 0;
+    const bool has_pair = p.pair_bias != nullptr, has_mask = p.mask != nullptr;
     const int pair_bytes = p.pair_element_bytes(), pitch = bias_pitch(Tile::kBlockN, pair_bytes);
     const int bias_stage_bytes = Tile::bias_bytes(pair_bytes);
 
-    const RowLocation first_row = RowLocation::of(p, item.group, item.row_block * kRows);
-    auto row_location = [&](int r) { return first_row.next(p, item.row_block * kRows, r); };
+    const int64_t pair_base = has_pair ? pair_offset(p, item.group, item.head) : 0;
+    using QueryCopy = TileCopy<T, kHeadDim, Tile::kBlockM, kThreads>;
+    using KeyCopy = TileCopy<T, kHeadDim, Tile::kBlockN, kThreads>;
+    RowLocation rows[kRows];
+    const T *k_rows[kRows], *v_rows[kRows];
+    const float* masks[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        rows[r] = RowLocation::of(p, item.group, item.row_block * kRows + r);
+        const RowLocation& row = rows[r];
+        k_rows[r] = warp_uniform(row.template in<T>(p.k, p.k_stride, item.head));
+        v_rows[r] = warp_uniform(row.template in<T>(p.v, p.v_stride, item.head));
+        masks[r] = has_mask ? warp_uniform(row.mask_of(p)) : nullptr;
+    }
+
     auto query_of = [&](int r) { return smem + 2 * r * Tile::kQueryBytes; };  // Q, then dO
     auto stage_of = [&](int key_tile) { return smem + Tile::kStageOffset + key_tile % Tile::kStages * Tile::kStageBytes; };
     auto bias_of = [&](int key_tile) { return smem + Tile::kBiasOffset + key_tile % Tile::kStages * bias_stage_bytes; };
     auto load_stage = [&](int key_tile) {
         const int key = key_tile * Tile::kBlockN;
-        if (has_pair) load_bias_tile<Tile::kBlockM, Tile::kBlockN, kThreads>(bias_of(key_tile), p, pair_base, q0, key, thread);
-#pragma unroll 1  // unrolled, the addresses of every copy stay in registers
+        if (has_pair) BiasCopy<Tile::kBlockM, Tile::kBlockN, kThreads>::load(bias_of(key_tile), p, pair_base, q0, key, thread);
+#pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const RowLocation row = row_location(r);
             const uint32_t stage = stage_of(key_tile) + r * Tile::kRowStageBytes;
-            const int valid = row.valid ? p.k_len - key : 0;
-            const T* k = row.in<T>(p.k, p.k_stride, item.head) + key * p.k_stride.l;
-            const T* v = row.in<T>(p.v, p.v_stride, item.head) + key * p.v_stride.l;
-            load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(stage, k, p.k_stride.l, valid, p.head_dim, thread);
-            load_tile<T, kHeadDim, Tile::kBlockN, kThreads>(stage + Tile::kKeyBytes, v, p.v_stride.l, valid, p.head_dim, thread);
-            if (has_mask) load_vector<Tile::kBlockN, kThreads>(stage + 2 * Tile::kKeyBytes, row.mask(p) + key, thread);
+            KeyCopy::load(stage, k_rows[r], p.k_stride.l, key, p.k_len, p.head_dim, thread);
+            KeyCopy::load(stage + Tile::kKeyBytes, v_rows[r], p.v_stride.l, key, p.k_len, p.head_dim, thread);
+            if (has_mask) load_vector<Tile::kBlockN, kThreads>(stage + 2 * Tile::kKeyBytes, masks[r] + key, thread);
         }
     };
 
+    if (p.head_dim < kHeadDim) {
+#pragma unroll 1
+        for (int r = 0; r < kRows; ++r) {
+            QueryCopy::clear_padding(query_of(r), p.head_dim, thread);
+            QueryCopy::clear_padding(query_of(r) + Tile::kQueryBytes, p.head_dim, thread);
+#pragma unroll 1
+            for (int stage = 0; stage < Tile::kStages; ++stage) {
+                KeyCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes, p.head_dim, thread);
+                KeyCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes + Tile::kKeyBytes, p.head_dim, thread);
+            }
+        }
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        const RowLocation row = row_location(r);
-        const int valid = row.valid ? p.q_len - q0 : 0;
-        const T* q = row.in<T>(p.q, p.q_stride, item.head) + q0 * p.q_stride.l;
-        const T* d_o = row.in<T>(p.d_o, p.d_o_stride, item.head) + q0 * p.d_o_stride.l;
-        load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(query_of(r), q, p.q_stride.l, valid, p.head_dim, thread);
-        load_tile<T, kHeadDim, Tile::kBlockM, kThreads>(query_of(r) + Tile::kQueryBytes, d_o, p.d_o_stride.l, valid, p.head_dim,
-                                                        thread);
+        QueryCopy::load(query_of(r), rows[r].template in<T>(p.q, p.q_stride, item.head), p.q_stride.l, q0, p.q_len, p.head_dim,
+                        thread);
+        QueryCopy::load(query_of(r) + Tile::kQueryBytes, rows[r].template in<T>(p.d_o, p.d_o_stride, item.head), p.d_o_stride.l,
+                        q0, p.q_len, p.head_dim, thread);
     }
     load_stage(0);
     cp_async_commit();
 
     float ref_low = 0.f, ref_high = 0.f;
     if (has_pair) {
-        const float* refs = pair_ref(p, item.group, item.head) + q0 + warp * 16 + quad;
+        const float* refs = pair_max_of(p, item.group, item.head) + q0 + warp * 16 + quad;
         ref_low = refs[0];
         ref_high = refs[8];
     }
-    const float scale_log2 = p.softmax_scale * kLog2E;
     float dq[kRows][kHeadDim / 8][4];
     float2 stats[kRows][2];  // {lse, delta} of rows quad, quad + 8
     float lse_low[kRows][2];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         zero_bias(dq[r]);
-        const int64_t first = row_location(r).head_row(p, item.head) * p.q_len_padded + q0 + warp * 16 + quad;
+        const int64_t first = rows[r].head_row(p, item.head) * p.q_len_padded + q0 + warp * 16 + quad;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             stats[r][i] = p.row_stats[first + 8 * i];
@@ -106,7 +122,7 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) s[j][e] = fmaf(s[j][e], scale_log2, bias[j][e]);
+                for (int e = 0; e < 4; ++e) s[j][e] = fmaf(s[j][e], p.softmax_scale, bias[j][e]);
             }
             if (has_mask) add_mask(s, k + 2 * Tile::kKeyBytes, lane);
 #pragma unroll
@@ -128,9 +144,9 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
 
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        const RowLocation row = row_location(r);
+        const RowLocation& row = rows[r];
         const int q = q0 + warp * 16;
-        store_accumulator<T, kHeadDim>(row.out<T>(p, p.dq, p.q_len, item.head) + static_cast<int64_t>(q) * p.heads * p.head_dim,
+        store_accumulator<T, kHeadDim>(row.template out<T>(p, p.dq, p.q_len, item.head) + static_cast<int64_t>(q) * p.heads * p.head_dim,
                                        static_cast<int64_t>(p.heads) * p.head_dim, row.valid ? p.q_len - q : 0, p.head_dim,
                                        query_of(r) + warp * 16 * Tile::kPitch, dq[r], p.softmax_scale, p.softmax_scale, lane);
     }

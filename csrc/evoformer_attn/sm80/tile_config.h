@@ -22,9 +22,9 @@ struct FwdTile {
     static constexpr int kNumThreads = kNumWarps * 32;
     static constexpr int kBlockM = kNumWarps * 16;  // queries
     // 64 keys amortise the row maximum over more logits; 32 where K, V and P take twice the space.
-    static constexpr int kBlockN = sizeof(T) == 2 && kHeadDim <= 64 ? 64 : 32;
+    static constexpr int kBlockN = 32;
     static constexpr int kStages = sizeof(T) * kHeadDim <= 256 ? 2 : 1;
-    static constexpr int kMinBlocks = sizeof(T) == 2 && kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
+    static constexpr int kMinBlocks = sizeof(T) == 2 && kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 2 : 1;
 
     static constexpr int kPitch = TilePitch<T, kHeadDim>::kBytes;
     static constexpr int kQueryBytes = kBlockM * kPitch;
@@ -50,7 +50,7 @@ struct BwdDqTile {
     static constexpr int kBlockM = kNumWarps * 16;
     static constexpr int kBlockN = sizeof(T) * kHeadDim <= 256 ? 32 : 16;
     static constexpr int kStages = sizeof(T) * kHeadDim <= 256 ? 2 : 1;
-    static constexpr int kMinBlocks = sizeof(T) == 2 && kHeadDim <= 32 ? 3 : sizeof(T) * kHeadDim <= 128 ? 2 : 1;
+    static constexpr int kMinBlocks = sizeof(T) == 2 && kHeadDim <= 32 ? 4 : sizeof(T) * kHeadDim <= 128 ? 2 : 1;
 
     static constexpr int kPitch = TilePitch<T, kHeadDim>::kBytes;
     static constexpr int kQueryBytes = kBlockM * kPitch;  // Q or dO of one row
@@ -99,13 +99,13 @@ struct BwdDkvTile {
 // so the tile is as large as registers and shared memory allow.
 template <typename T, int kHeadDim>
 struct BwdDpairTile {
-    static constexpr int kNumWarps = sizeof(T) == 2 && kHeadDim <= 48 ? 8 : sizeof(T) * kHeadDim <= 256 ? 4 : 2;
+    static constexpr int kNumWarps = sizeof(T) * kHeadDim <= 256 ? 4 : 2;
     static constexpr int kNumThreads = kNumWarps * 32;
     static constexpr int kBlockM = kNumWarps * 16;
     static constexpr int kBlockN = sizeof(T) * kHeadDim <= 256 ? 64 : 32;
     static constexpr int kChunkN = sizeof(T) * kHeadDim <= 256 ? 32 : 16;  // keys whose S and dP are in registers at a time
     static constexpr int kStages = sizeof(T) * kHeadDim <= 128 ? 2 : 1;
-    static constexpr int kMinBlocks = 1;
+    static constexpr int kMinBlocks = sizeof(T) == 2 && kHeadDim <= 32 ? 3 : 1;
 
     static constexpr int kPitch = TilePitch<T, kHeadDim>::kBytes;
     static constexpr int kQueryBytes = kBlockM * kPitch;  // Q or dO
