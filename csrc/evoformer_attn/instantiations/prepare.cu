@@ -3,5 +3,7 @@
 #include "prepare_launch.cuh"
 
 namespace ds4sci {
+template cudaError_t run_prepare<fp16>(const KernelParams&);
 template cudaError_t run_prepare<bf16>(const KernelParams&);
+template cudaError_t run_prepare<float>(const KernelParams&);
 }  // namespace ds4sci

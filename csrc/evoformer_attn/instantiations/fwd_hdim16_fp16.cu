@@ -1,7 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-// Written by generate_instantiations.py.
-#include "sm80/launch.cuh"
-
-namespace ds4sci {
-template cudaError_t run_evoformer_fwd<fp16, 16>(const KernelParams&);
-}  // namespace ds4sci

@@ -1,7 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-// Written by generate_instantiations.py.
-#include "prepare_launch.cuh"
-
-namespace ds4sci {
-template cudaError_t run_prepare<float>(const KernelParams&);
-}  // namespace ds4sci
