@@ -10,13 +10,13 @@ compiled graph does not depend on it. Arguments have been checked by `evoformer_
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from ._dispatch import choose, problem_of
-from .reference import compute_dtype, reference_second_gradients
+from .reference import lse_dtype, reference_second_gradients
 
 NUM_INPUTS = 5  # q, k, v, mask_bias, pair_bias
 
@@ -36,11 +36,23 @@ def _unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _without_autocast(device_type: str):
-    """fp32 sums inside the op stay fp32 under autocast, also when backward() is called inside the region."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+def _own_precision(device_type: str):
+    """Products in the op keep their dtype: no autocast (backward() may run inside it), no TF32 or bf16 for fp32."""
+    matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+    if matmul.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return _enforced_precision(device_type, matmul)
+
+
+@contextmanager
+def _enforced_precision(device_type: str, matmul):
+    allowed = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = allowed
 
 
 def _output_shapes(q: Tensor) -> tuple[tuple, tuple]:
@@ -51,16 +63,16 @@ def _output_shapes(q: Tensor) -> tuple[tuple, tuple]:
 def _forward(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
     if q.numel() == 0 or k.numel() == 0:
         o_shape, lse_shape = _output_shapes(q)
-        return q.new_zeros(o_shape), q.new_full(lse_shape, math.inf, dtype=compute_dtype(q.dtype))
+        return q.new_zeros(o_shape), q.new_full(lse_shape, math.inf, dtype=lse_dtype(q))
     chosen = choose(problem_of(q, k), implementation or None)
     q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
-    with _without_autocast(q.device.type):
+    with _own_precision(q.device.type):
         return chosen.forward(q, k, v, mask_bias, pair_bias, softmax_scale)
 
 
 def _forward_fake(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
     o_shape, lse_shape = _output_shapes(q)
-    return q.new_empty(o_shape), q.new_empty(lse_shape, dtype=compute_dtype(q.dtype))
+    return q.new_empty(o_shape), q.new_empty(lse_shape, dtype=lse_dtype(q))
 
 
 def _wanted_inputs(inputs: tuple[Tensor | None, ...], wanted) -> list[Tensor]:
@@ -78,7 +90,7 @@ def _backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implemen
         return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in sources]
     chosen = choose(problem_of(q, k), implementation or None)
     do, q, k, v = (_unit_last_stride(x) for x in (do, q, k, v))
-    with _without_autocast(q.device.type):
+    with _own_precision(q.device.type):
         grads = chosen.backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, tuple(wanted))
     return [grad for grad, w in zip(grads, wanted, strict=True) if w]
 
@@ -127,7 +139,7 @@ class _Backward(torch.autograd.Function):
         cotangents = tuple(next(given) if w else None for w in ctx.wanted)
         do, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[: NUM_INPUTS + 1]
-        with _without_autocast(do.device.type):
+        with _own_precision(do.device.type):
             second = reference_second_gradients(cotangents, do, tuple(inputs), ctx.softmax_scale, needed)
         # o and lse are functions of the other inputs; their share is in the gradients above.
         return (*second, None, None, None, None, None)

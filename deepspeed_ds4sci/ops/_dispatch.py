@@ -44,7 +44,7 @@ class Implementation(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
-        """o [B, N, Lq, H, D] and lse [B, N, H, Lq], fp32 (fp64 for fp64); only this class's `backward` reads lse."""
+        """o [B, N, Lq, H, D] and lse [B, N, H, Lq] of `lse_dtype`, which only this class's `backward` reads."""
 
     def backward(
         self,

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public op: checks its arguments, brings unusual forms to the canonical one, makes one call."""
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -53,22 +56,30 @@ def _check_bias(name: str, form: str, bias: Tensor, expected: tuple[int, ...], q
         raise ValueError(f"{name} must be {form} = {list(expected)}, got {list(bias.shape)}")
 
 
-class _SharedOverRows(torch.autograd.Function):
-    """A pair bias [B, N, H, Lq, Lk] that is one [B, 1, H, Lq, Lk] repeated with stride 0, without the repetition.
+class _WithoutRepeats(torch.autograd.Function):
+    """One copy of a tensor that repeats itself with stride 0 along some axes.
 
-    The N copies of an element are one number in memory, so only the sum of their gradients means anything, and whoever
-    expanded the bias adds them up. The gradient is therefore returned as the total, divided evenly over the copies and
-    again repeated with stride 0: nothing of size N is ever stored.
+    The copies of an element are one number in memory, so only the sum of their gradients means anything, and whoever
+    expanded the tensor adds them up. The gradient is therefore returned as the total, divided evenly over the copies
+    and again repeated with stride 0: nothing of the expanded size is ever stored.
     """
 
     @staticmethod
-    def forward(ctx, pair_bias):
-        ctx.rows = pair_bias.shape[1]
-        return pair_bias.narrow(1, 0, 1)
+    def forward(ctx, tensor, axes):
+        ctx.sizes, ctx.copies = tensor.shape, math.prod(tensor.shape[axis] for axis in axes)
+        for axis in axes:
+            tensor = tensor.narrow(axis, 0, 1)
+        return tensor
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad / ctx.rows).expand(-1, ctx.rows, -1, -1, -1)
+        return (grad / ctx.copies).expand(ctx.sizes), None
+
+
+def without_repeats(tensor: Tensor, axes: Iterable[int]) -> Tensor:
+    """`tensor` with size 1 along those of `axes` along which it is an expanded view; no copy, differentiable."""
+    repeated = tuple(axis for axis in axes if tensor.shape[axis] > 1 and tensor.stride(axis) == 0)
+    return _WithoutRepeats.apply(tensor, repeated) if repeated else tensor
 
 
 def _under_autocast(q, k, v, mask_bias, pair_bias):
@@ -154,8 +165,8 @@ def evoformer_attention(
         per_row = pair_bias.dim() == 5 and pair_bias.shape[1] == rows and rows != 1
         form, bias_rows = ("[B, N, H, Lq, Lk]", rows) if per_row else ("[B, 1, H, Lq, Lk]", 1)
         _check_bias("pair_bias", form, pair_bias, (batch, bias_rows, heads, q_len, k_len), q, False)
-        if per_row and pair_bias.stride(1) == 0:
-            pair_bias = _SharedOverRows.apply(pair_bias)
-        elif per_row:
+        if per_row:
+            pair_bias = without_repeats(pair_bias, (1,))
+        if pair_bias.shape[1] != 1:
             return _rows_as_batch(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
     return evoformer_attn(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)

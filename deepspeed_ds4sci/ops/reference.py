@@ -20,6 +20,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """The dtype in which lse is kept from forward to backward: fp32, and fp64 for fp64 and on the CPU.
+
+    The rounding of lse changes all weights of a row by the same factor. At logits of 1e4 that is 1e-3 in fp32, which
+    a CPU can avoid for nothing.
+    """
+    return torch.float64 if q.dtype == torch.float64 or q.device.type == "cpu" else torch.float32
+
+
 def row_shift(largest: Tensor) -> Tensor:
     """What to subtract from a bias row whose largest entry this is: that entry if it is large and finite, else 0.
 
@@ -189,7 +198,8 @@ class ReferenceImplementation:
 
     def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
         with torch.no_grad():
-            return attention_and_lse(q, k, v, mask_bias, pair_bias, softmax_scale)
+            o, lse = attention_and_lse(q, k, v, mask_bias, pair_bias, softmax_scale)
+        return o, lse.to(lse_dtype(q))
 
     def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
         return reference_gradients(do, (q, k, v, mask_bias, pair_bias), softmax_scale, wanted)

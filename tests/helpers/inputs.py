@@ -29,6 +29,11 @@ PAIR_KINDS: tuple[str, ...] = PairKind.__args__
 LARGE_NEGATIVE = {torch.float16: -3e4}  # the usual -1e9 in every other dtype
 
 
+def repeated_axes(x: Tensor) -> tuple[int, ...]:
+    """Axes along which x is an expanded view: its elements are one number in memory there."""
+    return tuple(axis for axis in range(x.dim()) if x.shape[axis] > 1 and x.stride(axis) == 0)
+
+
 @dataclass
 class AttentionInputs:
     """Arguments of the op and a gradient for its output; every float tensor of the first five requires a gradient."""
@@ -49,12 +54,15 @@ class AttentionInputs:
         return {name: x for name, x in named if x is not None and x.requires_grad}
 
     def to(self, dtype: torch.dtype) -> "AttentionInputs":
-        """Contiguous copies in another dtype (a boolean mask stays boolean), as fresh leaves: for the fp64 oracle."""
+        """Fresh copies in another dtype, contiguous but for repeated axes; a boolean mask stays as it is."""
 
         def cast(x):
             if x is None or x.dtype == torch.bool:
                 return x
-            return x.detach().to(dtype).contiguous().requires_grad_(x.requires_grad)
+            once = x.detach()
+            for axis in repeated_axes(x):
+                once = once.narrow(axis, 0, 1)
+            return once.to(dtype).contiguous().expand(x.shape).requires_grad_(x.requires_grad)
 
         return AttentionInputs(*(cast(x) for x in self.tensors()), cast(self.do))
 

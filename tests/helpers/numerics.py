@@ -17,11 +17,12 @@ from torch import Tensor
 from deepspeed_ds4sci.ops.evoformer_attention import evoformer_attention
 from deepspeed_ds4sci.ops.reference import compute_dtype, evoformer_attention_reference
 
-from .inputs import AttentionInputs
+from .inputs import AttentionInputs, repeated_axes
 
 MAX_FACTOR = 2.0
 RMS_FACTOR = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 2.0, torch.float64: 2.0}
 FEW = 1000
+CANCELLED = 1e-3
 # (rms, max), relative to the magnitude of the tensor.
 FLOOR = {
     torch.float16: (2**-16, 2**-13),
@@ -73,13 +74,18 @@ def eager_evoformer_attention(
 
 
 def run(attention: Callable[..., Tensor], inputs: AttentionInputs, **options) -> Results:
-    """o and the gradient of every input that requires one, from one forward and one backward of `attention`."""
+    """o and the gradient of every input that requires one, from one forward and one backward of `attention`.
+
+    A gradient is summed along axes that its input repeats, as the backward of the expand that made it would.
+    """
     o = attention(inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=inputs.pair_bias, **options)
     sources = inputs.differentiable()
     results = {"o": o.detach()}
     if sources:
         grads = torch.autograd.grad(o, list(sources.values()), inputs.do.to(o.dtype))
-        results |= {f"d{name}": grad for name, grad in zip(sources, grads, strict=True)}
+        for (name, source), grad in zip(sources.items(), grads, strict=True):
+            repeated = repeated_axes(source)
+            results[f"d{name}"] = grad.sum(repeated, keepdim=True) if repeated else grad
     return Results(results)
 
 
@@ -96,10 +102,10 @@ def _take_rows(inputs: AttentionInputs, rows: slice) -> AttentionInputs:
     return AttentionInputs(*(take(x) for x in inputs.tensors()), take(inputs.do))
 
 
-def _join(name: str, parts: list[Tensor], full: Tensor) -> Tensor:
+def _join(parts: list[Tensor], whole: Tensor) -> Tensor:
     """Results of row chunks: side by side where the tensor has rows, summed where the rows share it."""
-    if full.shape[1] == 1:
-        return torch.stack(parts).sum(0, dtype=compute_dtype(full.dtype))
+    if whole.shape[1] == 1 or 1 in repeated_axes(whole):
+        return torch.stack(parts).sum(0, dtype=compute_dtype(whole.dtype))
     return torch.cat(parts, dim=1)
 
 
@@ -119,7 +125,7 @@ def run_in_chunks(
         run(attention, _take_rows(inputs, slice(start, start + step)), **options) for start in range(0, rows, step)
     ]
     wholes = {"o": inputs.q} | {f"d{name}": x for name, x in inputs.differentiable().items()}
-    return Results({name: _join(name, [part[name] for part in parts], whole) for name, whole in wholes.items()})
+    return Results({name: _join([part[name] for part in parts], whole) for name, whole in wholes.items()})
 
 
 def fp64_reference(inputs: AttentionInputs, *, max_bytes: int = 1 << 30, **options) -> Results:
@@ -182,26 +188,24 @@ def assert_no_worse_than_eager(
 def _magnitudes(inputs: AttentionInputs, reference: Results) -> dict[str, float]:
     """What the floors are relative to: max |reference|.
 
-    With a single key the weights are 1 whatever the logits, so the gradients of q, k and the biases are sums of terms
-    that cancel to 0; there it is the size of these terms.
+    Where one key has all the weight (the only key, or one far above the others) the gradients of q, k and the biases
+    are sums of terms that cancel. A result below a thousandth of these terms is held to their size instead.
     """
+
+    def longest(x):
+        return x.detach().double().norm(dim=-1).max().item() if x.numel() else 0.0
+
+    rows, q_len, heads, head_dim = inputs.q.shape[1:]
+    dlogit = longest(inputs.do) * longest(inputs.v)
+    terms = {
+        "dq": dlogit * longest(inputs.k) * head_dim**-0.5,
+        "dk": dlogit * longest(inputs.q) * (q_len / head_dim) ** 0.5,
+        "dmask_bias": dlogit * (q_len * heads) ** 0.5,
+        "dpair_bias": dlogit * rows**0.5,
+    }
     magnitudes = {name: x.abs().max().item() if x.numel() else 0.0 for name, x in reference.tensors.items()}
-    if inputs.k.shape[2] == 1:
-        scale = inputs.q.shape[-1] ** -0.5
-
-        def longest(x):
-            return x.detach().double().norm(dim=-1).max().item()
-
-        dlogit = longest(inputs.do) * longest(inputs.v)
-        heads_and_queries = inputs.q.shape[2] * inputs.q.shape[3]
-        terms = {
-            "dq": dlogit * scale * longest(inputs.k),
-            "dk": dlogit * scale * longest(inputs.q),
-            "dmask_bias": dlogit * heads_and_queries,
-            "dpair_bias": dlogit * inputs.q.shape[1],
-        }
-        magnitudes |= {name: size for name, size in terms.items() if name in magnitudes}
-    return magnitudes
+    cancelled = {name: size for name, size in terms.items() if magnitudes.get(name, size) < CANCELLED * size}
+    return magnitudes | cancelled
 
 
 def check_against_eager(
