@@ -24,9 +24,11 @@ def test_a_block_stays_near_fp64_in_values_and_gradients(dtype):
     block.to("cuda", dtype)
     actual = run([x.to("cuda", dtype) for x in inputs])
     limit = 1e-4 if dtype == torch.float32 else 0.1
+    # Some gradients are sums that cancel to nothing (a bias of the keys); what is left of them is rounding.
+    floor = torch.finfo(dtype).eps * max(x.abs().max().item() for x in expected[2:])
     for a, b in zip(actual, expected, strict=True):
         error = (a.double().cpu() - b).square().mean().sqrt()
-        assert error <= limit * b.square().mean().sqrt() + 1e-6
+        assert error <= limit * b.square().mean().sqrt() + floor
 
 
 def test_five_thousand_sequences_at_inference_take_memory_linear_in_their_number():
