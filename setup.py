@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 # PEP 517 front ends do not put the project folder on sys.path.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,11 +19,13 @@ setup(
         *find_packages(include=["deepspeed_ds4sci", "deepspeed_ds4sci.*"]),
         "deepspeed_ds4sci.op_builder",
         "deepspeed_ds4sci.csrc",
+        # Folders of data count as packages too.
+        *(f"deepspeed_ds4sci.csrc.{name}" for name in find_namespace_packages("csrc", exclude=["*__pycache__*"])),
     ],
     # The two source folders keep their place at the root and become subpackages: a top-level `op_builder`
     # in site-packages would be mistaken for DeepSpeed's.
     package_dir={"deepspeed_ds4sci.op_builder": "op_builder", "deepspeed_ds4sci.csrc": "csrc"},
-    package_data={"deepspeed_ds4sci.csrc": ["**/*.h", "**/*.cuh", "**/*.cu"]},
+    package_data={"": ["*.h", "*.cuh", "*.cu"]},
     ext_modules=requested_extensions(),
     cmdclass={"build_ext": BuildOps},
 )
