@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m deepspeed_ds4sci.report`: versions, the state of the compiled library, and which implementation of
-the op would run here, with the reasons against the faster ones. Compiles nothing and creates no CUDA context."""
+the op would run here, with the reasons against the faster ones.
+
+Where a GPU is visible and the library has yet to be compiled, that happens now: only then is it known to load.
+"""
 
 import importlib.metadata
 import os

@@ -36,6 +36,7 @@ def build_lock(path, timeout_s, poll_s=0.2):
 
     Raises:
         TimeoutError: still held after `timeout_s`; names the file and the holder.
+        OSError: the file system has no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -57,6 +58,8 @@ def _acquire(descriptor, path, timeout_s, poll_s):
             return
         except BlockingIOError:
             pass
+        except OSError as error:
+            raise OSError(f"cannot lock {path} ({error}); set DS4SCI_CACHE_DIR to a local folder") from error
         if time.monotonic() - start >= timeout_s:
             raise TimeoutError(
                 f"waited {timeout_s:.0f} s for the build lock {path}, held by {read_holder(path)}; if that process "

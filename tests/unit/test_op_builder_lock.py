@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build lock: a killed holder, a file left over, two processes at once."""
 
+import errno
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 
 import pytest
 
+from deepspeed_ds4sci.op_builder import lock as lock_module
 from deepspeed_ds4sci.op_builder.lock import build_lock, read_holder
 
 _HOLD = """
@@ -78,6 +80,16 @@ def test_left_over_file_blocks_nobody(lock_path, content):
 
 def test_holder_of_an_unreadable_file(tmp_path):
     assert read_holder(tmp_path / "missing.lock") == "an unknown process"
+
+
+def test_file_system_without_locks_is_named(lock_path, monkeypatch):
+    def no_locks(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", no_locks)
+    message = r"cannot lock .*library.lock .*No locks available\); set DS4SCI_CACHE_DIR"
+    with pytest.raises(OSError, match=message), build_lock(lock_path, timeout_s=1):
+        pass
 
 
 def test_lock_is_free_after_an_exception(lock_path):
