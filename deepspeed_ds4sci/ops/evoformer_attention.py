@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public op: checks its arguments, brings unusual forms to the canonical one, makes one call."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -66,8 +65,9 @@ class _WithoutRepeats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor, axes):
-        ctx.sizes, ctx.copies = tensor.shape, math.prod(tensor.shape[axis] for axis in axes)
+        ctx.sizes, ctx.copies = tensor.shape, 1
         for axis in axes:
+            ctx.copies *= tensor.shape[axis]
             tensor = tensor.narrow(axis, 0, 1)
         return tensor
 
