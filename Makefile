@@ -61,16 +61,25 @@ report: $(READY)
 HAS_CUDA_TORCH = import torch; from torch.torch_version import TorchVersion as V; \
     raise SystemExit(torch.version.cuda is None or V(torch.__version__) < "2.10")
 
+# A new environment sees the packages of the system's Python, but not those of an environment that $(PYTHON) is in.
+OWN_PACKAGES = import sysconfig; print(sysconfig.get_path("purelib"))
+
 $(READY): pyproject.toml setup.py
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.10 or newer was not found; name one with make PYTHON=..."; exit 1; }
-	@if $(PYTHON) -c '$(HAS_CUDA_TORCH)' 2>/dev/null; then \
+	@if [ -x $(BIN)/python ]; then \
+	    echo "using the environment in $(VENV)"; \
+	elif $(PYTHON) -c '$(HAS_CUDA_TORCH)' 2>/dev/null; then \
 	    echo "using the CUDA build of torch that $(PYTHON) has"; \
-	    [ -x $(BIN)/python ] || $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    $(PYTHON) -c '$(OWN_PACKAGES)' > "$$($(BIN)/python -c '$(OWN_PACKAGES)')/outer_environment.pth"; \
 	else \
-	    [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
-	    $(BIN)/python -m pip install --quiet "$(TORCH)"; \
+	    $(PYTHON) -m venv $(VENV); \
 	fi
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	@# DeepSpeed records at build time which accelerator there is, so it is built beside the torch it will run with.
 	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja packaging
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,test,lint]"
+	@# A DeepSpeed of the outer environment has its launcher there, which would start the outer Python.
+	@[ -x $(BIN)/deepspeed ] || $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall \
+	    "deepspeed>=0.19.8,<0.20"
 	@touch $@
