@@ -34,8 +34,10 @@ KernelParams make_kernel_params(const EvoformerParams& params, bool backward, in
     p.rows_per_group = one_group ? p.batch * p.rows : p.rows;
 
     WorkspaceCursor cursor{static_cast<unsigned char*>(params.workspace)};
-    if (p.mask_bias != nullptr) p.mask = cursor.take<float>(static_cast<int64_t>(p.mask_batch) * p.mask_rows * p.k_len_padded);
-    if (p.pair_bias != nullptr) p.pair_max = cursor.take<float>(static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded);
+    if (p.mask_bias != nullptr)
+        p.mask = cursor.take<float>(static_cast<int64_t>(p.mask_batch) * p.mask_rows * p.k_len_padded);
+    if (p.pair_bias != nullptr)
+        p.pair_max = cursor.take<float>(static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded);
     if (backward) {
         const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;
         p.row_stats = cursor.take<float2>(vectors);
@@ -49,7 +51,8 @@ int32_t check(const EvoformerParams& p) {
     const int elements_per_chunk = p.dtype == kFloat32 ? 4 : 8;
     if (p.head_dim < 1 || p.head_dim > 128 || p.head_dim % elements_per_chunk != 0) return kInvalidHeadDim;
     if (p.dtype != kFloat16 && p.dtype != kBFloat16 && p.dtype != kFloat32) return kInvalidDtype;
-    if (p.mask_bias != nullptr && p.mask_dtype != p.dtype && p.mask_dtype != kFloat32 && p.mask_dtype != kBool) return kInvalidDtype;
+    if (p.mask_bias != nullptr && p.mask_dtype != p.dtype && p.mask_dtype != kFloat32 && p.mask_dtype != kBool)
+        return kInvalidDtype;
     if (p.pair_bias != nullptr && p.pair_dtype != p.dtype && p.pair_dtype != kFloat32) return kInvalidDtype;
     if (p.batch < 1 || p.rows < 1 || p.q_len < 1 || p.k_len < 1 || p.heads < 1) return kInvalidArgument;
     if (static_cast<int64_t>(p.batch) * p.rows > 2147483647) return kInvalidArgument;
@@ -75,7 +78,8 @@ extern "C" int64_t ds4sci_evoformer_workspace_bytes(const EvoformerParams* param
 extern "C" int32_t ds4sci_evoformer_dpair_splits(const EvoformerParams* params, int32_t num_sms) {
     if (params->pair_bias == nullptr) return 1;
     const KernelParams p = make_kernel_params(*params, true, nullptr);
-    const int64_t blocks = static_cast<int64_t>(ceil_div(p.q_len, 64)) * ceil_div(p.k_len, 64) * p.heads * p.num_groups;
+    const int64_t blocks =
+        static_cast<int64_t>(ceil_div(p.q_len, 64)) * ceil_div(p.k_len, 64) * p.heads * p.num_groups;
     // Enough blocks to fill the machine; but each share costs an fp32 copy of the gradient, so at most 64 MiB of them.
     const int64_t wanted = ceil_div<int64_t>(4 * static_cast<int64_t>(num_sms), blocks);
     const int64_t copy_bytes = static_cast<int64_t>(p.num_groups) * p.heads * p.q_len * p.k_len * 4;
@@ -99,7 +103,8 @@ extern "C" int32_t ds4sci_evoformer_fwd(const EvoformerParams* params) {
 
 extern "C" int32_t ds4sci_evoformer_bwd(const EvoformerParams* params) {
     if (const int32_t status = check(*params)) return status;
-    if (params->dpair_bias != nullptr && (params->pair_bias == nullptr || params->dpair_splits < 1)) return kInvalidArgument;
+    if (params->dpair_bias != nullptr && (params->pair_bias == nullptr || params->dpair_splits < 1))
+        return kInvalidArgument;
     if ((params->dk == nullptr) != (params->dv == nullptr)) return kInvalidArgument;
     const KernelParams p = make_kernel_params(*params, true, nullptr);
     return DS4SCI_DTYPE_SWITCH(p.dtype, [&] {

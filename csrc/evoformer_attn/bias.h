@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pair bias of one tile: global -> shared -> the accumulator layout of tile_mma.h, as (bias - row maximum) in fp32. The
-// bias is never rounded: a 16-bit bias is widened before the subtraction, an fp32 bias stays fp32.
+// The pair bias of one tile: global -> shared -> the accumulator layout of tile_mma.h, as (bias - row maximum) in
+// fp32. The bias is never rounded: a 16-bit bias is widened before the subtraction, an fp32 bias stays fp32.
 //
 // A dropped key is -inf; arithmetic carries it through: -inf + finite = -inf and exp2(-inf) = 0.
 #pragma once
@@ -11,19 +11,23 @@
 
 namespace ds4sci {
 
-DS4SCI_HOST_DEVICE constexpr int bias_pitch(int columns, int element_bytes) { return columns * element_bytes + kChunkBytes; }
+DS4SCI_HOST_DEVICE constexpr int bias_pitch(int columns, int element_bytes) {
+    return columns * element_bytes + kChunkBytes;
+}
 
-// Copies tiles of kTileRows queries x kCols keys. Past the last query or key it repeats the last row or 16 bytes, which nobody
-// uses; rows are padded to whole 16 bytes (params.h).
+// Copies tiles of kTileRows queries x kCols keys. Past the last query or key it repeats the last row or 16 bytes,
+// which nobody uses; rows are padded to whole 16 bytes (params.h).
 template <int kTileRows, int kCols, int kNumThreads>
 struct BiasCopy {
     template <int kElementBytes>
-    static DS4SCI_DEVICE void load_elements(uint32_t tile, const KernelParams& p, int64_t offset, int q, int key, int thread) {
+    static DS4SCI_DEVICE void load_elements(uint32_t tile, const KernelParams& p, int64_t offset, int q, int key,
+                                            int thread) {
         constexpr int kChunkElements = kChunkBytes / kElementBytes, kPitch = bias_pitch(kCols, kElementBytes);
         constexpr int kLanes = kCols / kChunkElements;  // threads that share a row
         constexpr int kRowStep = kNumThreads / kLanes;
         const int row = thread / kLanes, chunk = thread % kLanes;
-        const int wanted_key = key + chunk * kChunkElements, last_key = (p.k_len - 1) / kChunkElements * kChunkElements;
+        const int wanted_key = key + chunk * kChunkElements,
+                  last_key = (p.k_len - 1) / kChunkElements * kChunkElements;
         const unsigned char* source = static_cast<const unsigned char*>(p.pair_bias) +
                                       (offset + (wanted_key < last_key ? wanted_key : last_key)) * kElementBytes;
         tile += row * kPitch + chunk * kChunkBytes;
@@ -45,8 +49,8 @@ struct BiasCopy {
 
 // Rows are queries. `tile` is the address of the warp's first row and first column.
 template <typename T, int kTiles>
-DS4SCI_DEVICE void read_bias(float (&bias)[kTiles][4], uint32_t tile, int pitch, bool is_fp32, float ref_low, float ref_high,
-                             int lane) {
+DS4SCI_DEVICE void read_bias(float (&bias)[kTiles][4], uint32_t tile, int pitch, bool is_fp32, float ref_low,
+                             float ref_high, int lane) {
     if (is_fp32) {
         const uint32_t address = tile + (lane >> 2) * pitch + (lane & 3) * 8;
 #pragma unroll
@@ -80,8 +84,8 @@ DS4SCI_DEVICE void read_bias(float (&bias)[kTiles][4], uint32_t tile, int pitch,
 // Rows are keys, columns queries. `tile` is the address of the first query (row) and the warp's first key (column);
 // `refs` the address of the row references of those queries.
 template <typename T, int kTiles>
-DS4SCI_DEVICE void read_bias_transposed(float (&bias)[kTiles][4], uint32_t tile, int pitch, bool is_fp32, uint32_t refs,
-                                        int lane) {
+DS4SCI_DEVICE void read_bias_transposed(float (&bias)[kTiles][4], uint32_t tile, int pitch, bool is_fp32,
+                                        uint32_t refs, int lane) {
     const int quad = lane >> 2, pair = lane & 3;
     if (is_fp32) {
 #pragma unroll

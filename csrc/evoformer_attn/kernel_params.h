@@ -12,10 +12,10 @@ namespace ds4sci {
 constexpr int kLengthPadding = 128;
 
 struct KernelParams : EvoformerParams {
-    float* mask;          // [mask_batch, mask_rows, k_len_padded]: mask - row max; -inf: dropped; null: no mask
-    float* pair_max;      // [pair_batch, pair_heads, q_len_padded]: row max of the pair bias; null: no pair bias
-    float2* row_stats;    // backward: [B, N, H, q_len_padded] of {lse * log2(e), delta}; {+inf, 0} where P must be 0
-    float* lse_low;       // backward, fp32 problems: what rounding lse * log2(e) to fp32 left over, same layout
+    float* mask;        // [mask_batch, mask_rows, k_len_padded]: mask - row max; -inf: dropped; null: no mask
+    float* pair_max;    // [pair_batch, pair_heads, q_len_padded]: row max of the pair bias; null: no pair bias
+    float2* row_stats;  // backward: [B, N, H, q_len_padded] of {lse * log2(e), delta}; {+inf, 0} where P must be 0
+    float* lse_low;     // backward, fp32 problems: what rounding lse * log2(e) to fp32 left over, same layout
     int32_t q_len_padded, k_len_padded;
     int32_t num_groups, rows_per_group;  // rows of one group share a pair bias: N rows of a sample, or all B * N rows
 
@@ -40,8 +40,8 @@ DS4SCI_DEVICE float probability(float x, float lse_log2, float lse_log2_low) {
     return exp2_approx(difference);
 }
 
-// Position of one thread block: which tile of which rows. Tiles run fastest, then row blocks, then heads, so that blocks
-// that run together share one head's bias in L2.
+// Position of one thread block: which tile of which rows. Tiles run fastest, then row blocks, then heads, so that
+// blocks that run together share one head's bias in L2.
 struct WorkItem {
     int tile, row_block, head, group;
 };
@@ -88,11 +88,12 @@ struct RowLocation {
     // Index of [B, N, H] for this row and head.
     DS4SCI_DEVICE int64_t head_row(const KernelParams& p, int head) const { return flat(p) * p.heads + head; }
     DS4SCI_DEVICE const float* mask_of(const KernelParams& p) const {
-        const int64_t row = (p.mask_batch == 1 ? 0 : b) * static_cast<int64_t>(p.mask_rows) + (p.mask_rows == 1 ? 0 : n);
+        const int64_t row =
+            (p.mask_batch == 1 ? 0 : b) * static_cast<int64_t>(p.mask_rows) + (p.mask_rows == 1 ? 0 : n);
         return p.mask + row * p.k_len_padded;
     }
 
-   private:
+  private:
     DS4SCI_DEVICE int64_t flat(const KernelParams& p) const { return static_cast<int64_t>(b) * p.rows + n; }
 };
 
@@ -101,7 +102,8 @@ DS4SCI_DEVICE int64_t pair_offset(const KernelParams& p, int group, int head) {
     return (p.pair_batch == 1 ? 0 : group) * p.pair_stride_b + (p.pair_heads == 1 ? 0 : head) * p.pair_stride_h;
 }
 DS4SCI_DEVICE const float* pair_max_of(const KernelParams& p, int group, int head) {
-    const int64_t row = (p.pair_batch == 1 ? 0 : group) * static_cast<int64_t>(p.pair_heads) + (p.pair_heads == 1 ? 0 : head);
+    const int64_t row =
+        (p.pair_batch == 1 ? 0 : group) * static_cast<int64_t>(p.pair_heads) + (p.pair_heads == 1 ? 0 : head);
     return p.pair_max + row * p.q_len_padded;
 }
 

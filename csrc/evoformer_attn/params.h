@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface of the compiled library: one plain struct in, one status out. No torch, no C++ types.
-// deepspeed_ds4sci/ops/_extension.py mirrors this struct field by field; ds4sci_evoformer_params_size() guards the copy.
+// deepspeed_ds4sci/ops/_extension.py mirrors this struct field by field; ds4sci_evoformer_params_size() guards the
+// copy.
 //
-// Axes: B batch, N rows that do not attend to each other, Lq / Lk attended lengths, H heads, D head dim. Strides count elements.
+// Axes: B batch, N rows that do not attend to each other, Lq / Lk attended lengths, H heads, D head dim. Strides count
+// elements.
 #pragma once
 #include <cstdint>
 
@@ -19,23 +21,23 @@ struct EvoformerParams {
     const void* k;          // [B, N, Lk, H, D]
     const void* v;          // [B, N, Lk, H, D]
     const void* mask_bias;  // [B|1, N|1, Lk], dtype of q, fp32 or bool (true = keep); null when absent
-    // [B|1, H|1, Lq, Lk], dtype of q or fp32, keys contiguous; null when absent. Rows start at multiples of 16 bytes and may be
-    // read up to the next one.
+    // [B|1, H|1, Lq, Lk], dtype of q or fp32, keys contiguous; null when absent. Rows start at multiples of 16 bytes
+    // and may be read up to the next one.
     const void* pair_bias;
-    void* o;                // [B, N, Lq, H, D] contiguous; written by forward, read by backward
-    // [B, N, H, Lq] natural log, relative to the row maxima of both biases; -inf: no key left. fp32, for fp32 problems fp64:
-    // exp(x - lse) turns the rounding of lse into an error of every probability of the row.
+    void* o;  // [B, N, Lq, H, D] contiguous; written by forward, read by backward
+    // [B, N, H, Lq] natural log, relative to the row maxima of both biases; -inf: no key left. fp32, for fp32 problems
+    // fp64: exp(x - lse) turns the rounding of lse into an error of every probability of the row.
     void* lse;
 
     // Backward only. A null output is neither computed nor written.
-    const void* d_o;     // [B, N, Lq, H, D]
-    void* dq;            // [B, N, Lq, H, D] contiguous
-    void* dk;            // [B, N, Lk, H, D] contiguous; dk and dv come together
-    void* dv;            // [B, N, Lk, H, D] contiguous
-    float* dpair_bias;   // [dpair_splits, B|1, H, Lq, Lk]: partial sums over rows, to be added in order
-    float* dmask_bias;   // [B, N, H, Lk]: sums over queries, to be added over heads
-    void* workspace;     // ds4sci_evoformer_workspace_bytes() bytes, 256-byte aligned
-    void* stream;        // cudaStream_t
+    const void* d_o;    // [B, N, Lq, H, D]
+    void* dq;           // [B, N, Lq, H, D] contiguous
+    void* dk;           // [B, N, Lk, H, D] contiguous; dk and dv come together
+    void* dv;           // [B, N, Lk, H, D] contiguous
+    float* dpair_bias;  // [dpair_splits, B|1, H, Lq, Lk]: partial sums over rows, to be added in order
+    float* dmask_bias;  // [B, N, H, Lk]: sums over queries, to be added over heads
+    void* workspace;    // ds4sci_evoformer_workspace_bytes() bytes, 256-byte aligned
+    void* stream;       // cudaStream_t
 
     RowStrides q_stride, k_stride, v_stride, d_o_stride;
     int64_t mask_stride_b, mask_stride_n, mask_stride_k;

@@ -3,8 +3,8 @@
 //   pair rows   pair_max  = row max of the pair bias
 //   mask rows   mask      = mask - row max, fp32, padded with -inf
 //   vectors     row_stats = {lse * log2(e), delta = rowsum(dO * O)}, padded with {+inf, 0}      (backward)
-// Softmax is invariant to a constant per row, so subtracting the row maxima is exact. It keeps rows whose every key carries
-// a large negative bias (-1e9) exact as well: in fp32, -1e9 + logit would lose the logit.
+// Softmax is invariant to a constant per row, so subtracting the row maxima is exact. It keeps rows whose every key
+// carries a large negative bias (-1e9) exact as well: in fp32, -1e9 + logit would lose the logit.
 #pragma once
 #include <cmath>
 
@@ -24,7 +24,8 @@ struct PrepareBlocks {
     DS4SCI_HOST_DEVICE static PrepareBlocks of(const KernelParams& p) {
         PrepareBlocks blocks{0, 0, 0};
         if (p.pair_max != nullptr) {
-            blocks.pair = ceil_div<int64_t>(static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded, kPrepareWarps);
+            blocks.pair =
+                ceil_div<int64_t>(static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded, kPrepareWarps);
         }
         if (p.mask != nullptr) {
             blocks.mask = ceil_div<int64_t>(static_cast<int64_t>(p.mask_batch) * p.mask_rows, kPrepareWarps);
@@ -91,7 +92,8 @@ struct KeepMask {
 DS4SCI_DEVICE float to_float(KeepMask mask) { return mask.keep != 0 ? 0.f : -INFINITY; }
 
 template <typename Source>
-DS4SCI_DEVICE void prepare_mask_row(const Source* source, int64_t stride, float* prepared, const KernelParams& p, int lane) {
+DS4SCI_DEVICE void prepare_mask_row(const Source* source, int64_t stride, float* prepared, const KernelParams& p,
+                                    int lane) {
     float maximum = -INFINITY;
 #pragma unroll 4
     for (int key = lane; key < p.k_len; key += 32) maximum = fmaxf(maximum, to_float(source[key * stride]));
@@ -159,8 +161,9 @@ DS4SCI_DEVICE void prepare_row_stats(const KernelParams& p, int64_t vector, int 
     Lse lse = INFINITY;
     if (q < p.q_len) {
         lse = static_cast<const Lse*>(p.lse)[(row * p.heads + head) * p.q_len + q];
-        // A row without keys has lse = -inf; +inf makes its P = exp(x - lse) zero. So does a row whose every key is dropped by
-        // a finite bias, one half by the mask, the other by the pair bias: an fp32 lse no longer tells its keys apart.
+        // A row without keys has lse = -inf; +inf makes its P = exp(x - lse) zero. So does a row whose every key is
+        // dropped by a finite bias, one half by the mask, the other by the pair bias: an fp32 lse no longer tells its
+        // keys apart.
         const bool empty = lse == -INFINITY || (sizeof(Lse) == 4 && lse < -1e7f);
         lse = empty ? static_cast<Lse>(INFINITY) : lse * static_cast<Lse>(1.4426950408889634074);
     }

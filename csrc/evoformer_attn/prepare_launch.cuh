@@ -8,7 +8,8 @@ namespace ds4sci {
 template <typename T>
 cudaError_t run_prepare(const KernelParams& p) {
     const PrepareBlocks blocks = PrepareBlocks::of(p);
-    return launch_kernel(&prepare_kernel<T>, blocks.pair + blocks.mask + blocks.vectors, kPrepareThreads, 0, p.stream, p);
+    return launch_kernel(&prepare_kernel<T>, blocks.pair + blocks.mask + blocks.vectors, kPrepareThreads, 0, p.stream,
+                         p);
 }
 
 }  // namespace ds4sci

@@ -143,7 +143,8 @@ DS4SCI_DEVICE const Value* warp_uniform(const Value* pointer) {
     const uint64_t high = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits >> 32), 0);
     return reinterpret_cast<const Value*>(high << 32 | low);
 }
-// The same value, of unknown origin to the compiler: what depends on it is computed again rather than kept in registers.
+// The same value, of unknown origin to the compiler: what depends on it is computed again rather than kept in
+// registers.
 DS4SCI_DEVICE int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -152,13 +153,14 @@ DS4SCI_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
 // ---- launch ----
 template <typename Params>
-cudaError_t launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_threads, int64_t smem_bytes, void* stream,
-                          const Params& params) {
+cudaError_t launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_threads, int64_t smem_bytes,
+                          void* stream, const Params& params) {
     if (num_blocks == 0) return cudaSuccess;
     // All blocks on grid.x: y and z stop at 65,535 and B * N passes that for deep MSAs.
     if (num_blocks > 2147483647) return cudaErrorInvalidConfiguration;
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(smem_bytes));
     if (status != cudaSuccess) return status;
     kernel<<<static_cast<unsigned>(num_blocks), num_threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     return cudaGetLastError();

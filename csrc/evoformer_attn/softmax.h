@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Online softmax of 16 query rows of one warp (Milakov and Gimelshein 2018) with lazy rescaling: the reference only moves
-// when a logit exceeds it by more than log(2^8). Any reference gives the same quotient, so this stays exact.
+// Online softmax of 16 query rows of one warp (Milakov and Gimelshein 2018) with lazy rescaling: the reference only
+// moves when a logit exceeds it by more than log(2^8). Any reference gives the same quotient, so this stays exact.
 #pragma once
 #include <cmath>
 
@@ -91,10 +91,10 @@ struct OnlineSoftmax {
         return (scaled + log2f(sum[i])) * kLn2;
     }
 
-   private:
+  private:
     static DS4SCI_DEVICE bool is_large(float reference) { return fabsf(reference) > kLargeReference; }
-    // What one unit of probability under the old reference is under the new one. Built from the same rounded products as the
-    // probabilities themselves, so that fp32 sums of both kinds of tile fit together.
+    // What one unit of probability under the old reference is under the new one. Built from the same rounded products
+    // as the probabilities themselves, so that fp32 sums of both kinds of tile fit together.
     static DS4SCI_DEVICE float factor(float before, float after) {
         if (is_large(before) || is_large(after)) return exp2_approx((before - after) * kLog2E);
         return exp2_approx(multiply_rounded(before, kLog2E) - multiply_rounded(after, kLog2E));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared-memory tiles: rows of kRowBytes plus 16 bytes of padding. The padded pitch is an odd number of 16-byte chunks, so
-// eight consecutive rows at the same column fall into eight different bank groups: ldmatrix, row-wise and column-wise
-// reads are free of conflicts without any swizzle arithmetic.
+// Shared-memory tiles: rows of kRowBytes plus 16 bytes of padding. The padded pitch is an odd number of 16-byte
+// chunks, so eight consecutive rows at the same column fall into eight different bank groups: ldmatrix, row-wise and
+// column-wise reads are free of conflicts without any swizzle arithmetic.
 #pragma once
 #include "device.h"
 
@@ -11,14 +11,15 @@ constexpr int kChunkBytes = 16;
 
 template <typename T, int kCols>
 struct TilePitch {
-    static_assert(kCols * sizeof(T) % 32 == 0, "the pitch is odd in chunks only if a row holds an even number of them");
+    static_assert(kCols * sizeof(T) % 32 == 0,
+                  "the pitch is odd in chunks only if a row holds an even number of them");
     static constexpr int kRowBytes = kCols * sizeof(T);
     static constexpr int kBytes = kRowBytes + kChunkBytes;
 };
 
-// Copies tiles of kTileRows x kHeadDim elements into shared memory. Rows past the end repeat the last row: what they would add
-// is dropped (keys by the bias, queries by their statistics), and an address that depends on the tile keeps the compiler from
-// holding the address of every copy in registers, which spills.
+// Copies tiles of kTileRows x kHeadDim elements into shared memory. Rows past the end repeat the last row: what they
+// would add is dropped (keys by the bias, queries by their statistics), and an address that depends on the tile keeps
+// the compiler from holding the address of every copy in registers, which spills.
 template <typename T, int kHeadDim, int kTileRows, int kNumThreads>
 struct TileCopy {
     static constexpr int kPitch = TilePitch<T, kHeadDim>::kBytes;
@@ -28,14 +29,15 @@ struct TileCopy {
     static constexpr int kLanes = kChunks <= 2 ? 2 : kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
     static constexpr int kRowStep = kNumThreads / kLanes;
 
-    // `source` is row 0 of `length` rows, `stride` elements apart; the tile starts at row `first`. Chunks past the head dim are
-    // left alone (see clear_padding).
-    static DS4SCI_DEVICE void load(uint32_t tile, const T* source, int32_t stride, int first, int length, int head_dim, int thread) {
+    // `source` is row 0 of `length` rows, `stride` elements apart; the tile starts at row `first`. Chunks past the
+    // head dim are left alone (see clear_padding).
+    static DS4SCI_DEVICE void load(uint32_t tile, const T* source, int32_t stride, int first, int length, int head_dim,
+                                   int thread) {
         const int row = thread / kLanes, chunk = thread % kLanes;
         if (chunk * kChunkElements >= head_dim) return;
         tile += row * kPitch + chunk * kChunkBytes;
         source += chunk * kChunkElements;
-#pragma unroll
+#pragma unroll 2
         for (int i = 0; i < kTileRows; i += kRowStep) {
             if (kTileRows % kRowStep != 0 && row + i >= kTileRows) break;
             const int wanted = first + row + i, last = length - 1;
@@ -79,11 +81,12 @@ DS4SCI_DEVICE void store_pair<float>(uint32_t address, float low, float high) {
     sts_f32x2(address, low, high);
 }
 
-// Write one warp's 16 x kHeadDim accumulator, times a factor per row, to global memory in 16-byte pieces, by way of 16 rows
-// of shared memory that belong to this warp alone.
+// Write one warp's 16 x kHeadDim accumulator, times a factor per row, to global memory in 16-byte pieces, by way of 16
+// rows of shared memory that belong to this warp alone.
 template <typename T, int kHeadDim>
 DS4SCI_DEVICE void store_accumulator(T* dst, int64_t stride, int valid_rows, int head_dim, uint32_t scratch,
-                                     const float (&acc)[kHeadDim / 8][4], float factor_low, float factor_high, int lane) {
+                                     const float (&acc)[kHeadDim / 8][4], float factor_low, float factor_high,
+                                     int lane) {
     using Pitch = TilePitch<T, kHeadDim>;
     constexpr int kChunks = Pitch::kRowBytes / kChunkBytes;
     constexpr int kChunkElements = kChunkBytes / sizeof(T);

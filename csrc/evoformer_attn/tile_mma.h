@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of shared-memory tiles, one warp and 16 rows at a time. Tensor cores for 16-bit elements; plain fp32 FMA for
-// fp32, with the same distribution of results over lanes, so that kernels are written once.
+// Products of shared-memory tiles, one warp and 16 rows at a time. Tensor cores for 16-bit elements; plain fp32 FMA
+// for fp32, with the same distribution of results over lanes, so that kernels are written once.
 //
 // Accumulator layout (that of mma.m16n8): lane = 4 * quad + pair holds of each 16 x 8 tile the elements
 // [0], [1]: row quad, columns 2 * pair, 2 * pair + 1;   [2], [3]: row quad + 8, same columns.
@@ -37,7 +37,8 @@ struct TileMma {
 
     // acc[16, D] += P[16, 8 * kTiles] B[8 * kTiles, D]; P is rounded to T.
     template <int kTiles>
-    static DS4SCI_DEVICE void product_pb(float (&acc)[kHeadDim / 8][4], const float (&p)[kTiles][4], uint32_t b, int lane) {
+    static DS4SCI_DEVICE void product_pb(float (&acc)[kHeadDim / 8][4], const float (&p)[kTiles][4], uint32_t b,
+                                         int lane) {
         static_assert(kTiles % 2 == 0, "one k step takes two tiles of P");
         const uint32_t b_lane = b + (((lane >> 3) & 1) * 8 + (lane & 7)) * kPitch + (lane >> 4) * kChunkBytes;
 #pragma unroll
@@ -86,28 +87,30 @@ struct TileMma<float, kHeadDim> {
     }
 
     template <int kTiles>
-    static DS4SCI_DEVICE void product_pb(float (&acc)[kHeadDim / 8][4], const float (&p)[kTiles][4], uint32_t b, int lane) {
+    static DS4SCI_DEVICE void product_pb(float (&acc)[kHeadDim / 8][4], const float (&p)[kTiles][4], uint32_t b,
+                                         int lane) {
         const uint32_t b_lane = b + (lane & 3) * 2 * sizeof(float);
+        // A few terms by themselves, then onto the long sum: one running sum would lose digits with every key.
+        constexpr int kTerms = 8;
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            float p_low[8], p_high[8];
+        for (int first = 0; first < kTiles * 8; first += kTerms) {
+            float p_low[kTerms], p_high[kTerms];
 #pragma unroll
-            for (int kk = 0; kk < 8; ++kk) {
-                const int owner = (lane & ~3) | (kk >> 1);
-                p_low[kk] = shfl(p[tile][kk & 1], owner);
-                p_high[kk] = shfl(p[tile][2 + (kk & 1)], owner);
+            for (int i = 0; i < kTerms; ++i) {
+                const int key = (first + i) % 8, owner = (lane & ~3) | (key >> 1);
+                p_low[i] = shfl(p[first / 8][key & 1], owner);
+                p_high[i] = shfl(p[first / 8][2 + (key & 1)], owner);
             }
 #pragma unroll
             for (int j = 0; j < kHeadDim / 8; ++j) {
-                // Eight terms by themselves, then onto the long sum: one running sum would lose digits with every key.
                 float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-                for (int kk = 0; kk < 8; ++kk) {
-                    const float2 value = lds_f32x2(b_lane + (tile * 8 + kk) * kPitch + j * 8 * sizeof(float));
-                    sum[0] = fmaf(p_low[kk], value.x, sum[0]);
-                    sum[1] = fmaf(p_low[kk], value.y, sum[1]);
-                    sum[2] = fmaf(p_high[kk], value.x, sum[2]);
-                    sum[3] = fmaf(p_high[kk], value.y, sum[3]);
+                for (int i = 0; i < kTerms; ++i) {
+                    const float2 value = lds_f32x2(b_lane + (first + i) * kPitch + j * 8 * sizeof(float));
+                    sum[0] = fmaf(p_low[i], value.x, sum[0]);
+                    sum[1] = fmaf(p_low[i], value.y, sum[1]);
+                    sum[2] = fmaf(p_high[i], value.x, sum[2]);
+                    sum[3] = fmaf(p_high[i], value.y, sum[3]);
                 }
 #pragma unroll
                 for (int e = 0; e < 4; ++e) acc[j][e] += sum[e];

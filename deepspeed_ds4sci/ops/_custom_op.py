@@ -103,8 +103,8 @@ def _backward_fake(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, imp
 def _is_unobserved(*tensors: Tensor | None) -> bool:
     """Whether nobody could tell a call of the registered op from a direct call of the function behind it.
 
-    The dispatcher visits Python four times in a forward and backward pass, 0.2 ms in all: as much as the kernels of a small
-    problem. It is needed by compilers, dispatch and function modes, tensor subclasses and function transforms only.
+    The dispatcher visits Python four times in a forward and backward pass, 0.2 ms in all: as much as the kernels of a
+    small problem. It is needed by compilers, dispatch and function modes, tensor subclasses and function transforms.
     """
     if (
         torch.compiler.is_compiling()

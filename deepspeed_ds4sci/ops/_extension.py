@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled library behind a Python face: torch tensors in, torch tensors out.
 
-The library is plain C (csrc/evoformer_attn/params.h) and knows nothing of torch, so it needs no rebuild for another torch.
+The library is plain C (csrc/evoformer_attn/params.h) and knows nothing of torch, so another torch needs no rebuild.
 Here live the parameter struct's mirror, the allocation of outputs and scratch memory, and the copies for tensors whose
 layout the kernels cannot read (16-byte alignment).
 """
@@ -17,12 +17,16 @@ from torch import Tensor
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
 _ALIGNMENT_BYTES = 16
 _MAX_STRIDE = 2**31 - 1  # from one position of a row to the next, elements; kernels keep it in 32 bits
-_POINTERS = ("q k v mask_bias pair_bias o lse d_o dq dk dv dpair_bias dmask_bias workspace stream").split()
-_ROW_STRIDES = "q_stride k_stride v_stride d_o_stride".split()
-_STRIDES = "mask_stride_b mask_stride_n mask_stride_k pair_stride_b pair_stride_h pair_stride_q".split()
+_POINTERS = (
+    *("q", "k", "v", "mask_bias", "pair_bias", "o", "lse"),
+    *("d_o", "dq", "dk", "dv", "dpair_bias", "dmask_bias", "workspace", "stream"),
+)
+_ROW_STRIDES = ("q_stride", "k_stride", "v_stride", "d_o_stride")
+_STRIDES = ("mask_stride_b", "mask_stride_n", "mask_stride_k", "pair_stride_b", "pair_stride_h", "pair_stride_q")
 _INTS = (
-    "batch rows q_len k_len heads head_dim dtype mask_dtype pair_dtype mask_batch mask_rows pair_batch pair_heads dpair_splits"
-).split()
+    *("batch", "rows", "q_len", "k_len", "heads", "head_dim", "dtype", "mask_dtype", "pair_dtype"),
+    *("mask_batch", "mask_rows", "pair_batch", "pair_heads", "dpair_splits"),
+)
 
 
 class _RowStrides(ctypes.Structure):
@@ -61,8 +65,8 @@ class Extension:
         size = self._library.ds4sci_evoformer_params_size()
         if size != ctypes.sizeof(_Params):
             raise RuntimeError(
-                f"{path} takes parameters of {size} bytes, expected {ctypes.sizeof(_Params)}: it was compiled from another "
-                "version of csrc/evoformer_attn; delete it to have it compiled again"
+                f"{path} takes parameters of {size} bytes, expected {ctypes.sizeof(_Params)}: it was compiled from "
+                "another version of csrc/evoformer_attn; delete it to have it compiled again"
             )
 
     def forward(
@@ -95,7 +99,7 @@ class Extension:
         softmax_scale: float,
         wanted: tuple[bool, bool, bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        """dq, dk, dv, dmask_bias, dpair_bias; None where not wanted. Bias gradients have the biases' shapes and dtypes."""
+        """dq, dk, dv, dmask_bias, dpair_bias in the shapes and dtypes of their inputs; None where not wanted."""
         head_dim = q.shape[-1]
         do, q, k, v = (_aligned_rows(x) for x in (do, q, k, v))
         o = _aligned_rows(o.contiguous())
@@ -131,14 +135,14 @@ class Extension:
         )
 
     def attention(self, q, k, v, bias1, bias2, o, lse) -> None:
-        """DeepSpeed's forward entry point: writes o and lse [B * N, H, Lq rounded up to 32]; an empty bias is absent."""
+        """DeepSpeed's forward entry point: writes o and lse [B * N, H, Lq rounded up to 32]; an empty bias is none."""
         out, out_lse = self.forward(*_five_axes(q, k, v), _present(bias1), _present(bias2), q.shape[-1] ** -0.5)
         o.copy_(out.view_as(o))
         q_len = q.shape[-3]
         lse[..., :q_len].copy_(out_lse.view(-1, q.shape[-2], q_len))
 
     def attention_bwd(self, do, q, k, v, o, lse, delta, bias1, bias2, dq, dk, dv, db1, db2) -> None:
-        """DeepSpeed's backward entry point: writes dq, dk, dv and those of db1, db2 that are not empty. `delta` stays unused."""
+        """DeepSpeed's backward entry point: writes dq, dk, dv, and db1, db2 unless empty. `delta` stays unused."""
         do5, q5, k5, v5, o5 = _five_axes(do, q, k, v, o)
         q_len = q.shape[-3]
         lse = lse[..., :q_len].reshape(*q5.shape[:2], q.shape[-2], q_len).to(_lse_dtype(q.dtype)).contiguous()
@@ -224,7 +228,9 @@ def _is_aligned(x: Tensor) -> bool:
         bits |= stride * size
     if bits % _ALIGNMENT_BYTES == 0:
         return True
-    aligned = all(n == 1 or stride * size % _ALIGNMENT_BYTES == 0 for n, stride in zip(x.shape[:-1], outer, strict=True))
+    aligned = all(
+        n == 1 or stride * size % _ALIGNMENT_BYTES == 0 for n, stride in zip(x.shape[:-1], outer, strict=True)
+    )
     return aligned and x.data_ptr() % _ALIGNMENT_BYTES == 0
 
 
@@ -278,12 +284,12 @@ def _present(bias: Tensor) -> Tensor | None:
     return bias if bias.numel() > 0 else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def extension() -> Extension:
     """The library of this process, compiled on first use.
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A CUDA device on the CPU, for tests: the kernels of csrc/evoformer_attn compiled by a C++ compiler with this header in
-// place of ptx.h. Each CUDA thread is a fibre. A fibre runs until it needs the others (a block barrier or a warp-wide
-// instruction), then another one is picked at random, so that a missing barrier shows as a wrong result. What it checks:
+// A CUDA device on the CPU, for tests: the kernels of csrc/evoformer_attn compiled by a C++ compiler with this header
+// in place of ptx.h. Each CUDA thread is a fibre. A fibre runs until it needs the others (a block barrier or a
+// warp-wide instruction), then another one is picked at random, so that a missing barrier shows as a wrong result.
+// What it checks:
 //   - every shared-memory access lies inside the block's allocation and is aligned;
 //   - shared memory starts as NaN in every block;
 //   - asynchronous copies land when they are waited for, not before (DS4SCI_EMULATE_COPIES=deferred, the default),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the CUDA kernels: determinism, copies, streams, graphs, compile, autocast, DeepSpeed's entry points."""
+"""What surrounds the CUDA kernels: determinism, copies, streams, graphs, compile, autocast, DeepSpeed's calls."""
 
 import gc
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// dV = P^T dO, dK = scale * dS^T Q, and d(mask_bias) per head = sum of dS over queries. A block owns its keys and runs over
-// queries in order: no atomics. The products are transposed, S^T = K Q^T and dP^T = V dO^T.
+// dV = P^T dO, dK = scale * dS^T Q, and d(mask_bias) per head = sum of dS over queries. A block owns its keys and runs
+// over queries in order: no atomics. The products are transposed, S^T = K Q^T and dP^T = V dO^T.
 #pragma once
 #include "bias.h"
 #include "kernel_params.h"
@@ -11,7 +11,7 @@ namespace ds4sci {
 
 template <typename T, int kHeadDim, typename Tile>
 __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kMinBlocks)
-evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
+    evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
     DS4SCI_DYNAMIC_SMEM(smem_base);
     using Mma = TileMma<T, kHeadDim>;
     constexpr int kRows = Tile::kRows, kTiles = Tile::kBlockM / 8, kThreads = Tile::kNumThreads;
@@ -19,7 +19,8 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int quad = lane >> 2, pair = lane & 3;
 
-    const WorkItem item = decode_work_item(blockIdx.x, ceil_div(p.k_len, Tile::kBlockN), ceil_div(p.rows_per_group, kRows), p.heads);
+    const WorkItem item =
+        decode_work_item(blockIdx.x, ceil_div(p.k_len, Tile::kBlockN), ceil_div(p.rows_per_group, kRows), p.heads);
     const int key0 = item.tile * Tile::kBlockN;
     const bool has_pair = p.pair_bias != nullptr, has_mask = p.mask != nullptr;
     const int pair_bytes = p.pair_element_bytes(), pitch = bias_pitch(Tile::kBlockN, pair_bytes);
@@ -48,6 +49,7 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
     auto bias_of = [&](int q_tile) { return smem + Tile::kBiasOffset + q_tile % Tile::kStages * bias_stage_bytes; };
     auto load_stage = [&](int q_tile) {
         const int query = q_tile * Tile::kBlockM;
+        const int thread = opaque(threadIdx.x);  // addresses held from tile to tile would spill at D = 128
         if (has_pair) {
             BiasCopy<Tile::kBlockM, Tile::kBlockN, kThreads>::load(bias_of(q_tile), p, pair_base, query, key0, thread);
             load_vector<Tile::kBlockM, kThreads>(refs_of(q_tile), pair_max + query, thread);
@@ -56,11 +58,13 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
         for (int r = 0; r < kRows; ++r) {
             const uint32_t stage = stage_of(q_tile) + r * Tile::kRowStageBytes, stats = stage + 2 * Tile::kQueryBytes;
             QueryCopy::load(stage, q_rows[r], p.q_stride.l, query, p.q_len, p.head_dim, thread);
-            QueryCopy::load(stage + Tile::kQueryBytes, d_o_rows[r], p.d_o_stride.l, query, p.q_len, p.head_dim, thread);
-            load_vector<Tile::kBlockM * 2, kThreads>(stats, reinterpret_cast<const float*>(stats_rows[r] + query), thread);
-            if (sizeof(T) == 4) {
-                load_vector<Tile::kBlockM, kThreads>(stats + Tile::kBlockM * 8, p.lse_low + (stats_rows[r] - p.row_stats) + query,
+            QueryCopy::load(stage + Tile::kQueryBytes, d_o_rows[r], p.d_o_stride.l, query, p.q_len, p.head_dim,
+                            thread);
+            load_vector<Tile::kBlockM * 2, kThreads>(stats, reinterpret_cast<const float*>(stats_rows[r] + query),
                                                      thread);
+            if (sizeof(T) == 4) {
+                load_vector<Tile::kBlockM, kThreads>(stats + Tile::kBlockM * 8,
+                                                     p.lse_low + (stats_rows[r] - p.row_stats) + query, thread);
             }
         }
     };
@@ -73,7 +77,8 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
 #pragma unroll 1
             for (int stage = 0; stage < Tile::kStages; ++stage) {
                 QueryCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes, p.head_dim, thread);
-                QueryCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes + Tile::kQueryBytes, p.head_dim, thread);
+                QueryCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes + Tile::kQueryBytes, p.head_dim,
+                                         thread);
             }
         }
     }
@@ -81,10 +86,10 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
     float dmask[kRows][2];  // of keys quad, quad + 8
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        KeyCopy::load(key_of(r), rows[r].template in<T>(p.k, p.k_stride, item.head), p.k_stride.l, key0, p.k_len, p.head_dim,
-                      thread);
-        KeyCopy::load(key_of(r) + Tile::kKeyBytes, rows[r].template in<T>(p.v, p.v_stride, item.head), p.v_stride.l, key0, p.k_len,
+        KeyCopy::load(key_of(r), rows[r].template in<T>(p.k, p.k_stride, item.head), p.k_stride.l, key0, p.k_len,
                       p.head_dim, thread);
+        KeyCopy::load(key_of(r) + Tile::kKeyBytes, rows[r].template in<T>(p.v, p.v_stride, item.head), p.v_stride.l,
+                      key0, p.k_len, p.head_dim, thread);
         zero_bias(dk[r]);
         zero_bias(dv[r]);
         dmask[r][0] = dmask[r][1] = 0.f;
@@ -103,7 +108,8 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
         }
         float bias[kTiles][4];
         if (has_pair) {
-            read_bias_transposed<T>(bias, bias_of(q_tile) + warp * 16 * pair_bytes, pitch, p.pair_is_fp32(), refs_of(q_tile), lane);
+            read_bias_transposed<T>(bias, bias_of(q_tile) + warp * 16 * pair_bytes, pitch, p.pair_is_fp32(),
+                                    refs_of(q_tile), lane);
         } else {
             zero_bias(bias);
         }
@@ -113,7 +119,8 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
             const uint32_t q = stage_of(q_tile) + r * Tile::kRowStageBytes, d_o = q + Tile::kQueryBytes;
             const uint32_t stats = d_o + Tile::kQueryBytes + pair * 16;
             const uint32_t mask_address = mask_of(r) + (warp * 16 + quad) * 4;
-            const float mask[2] = {has_mask ? lds_f32(mask_address) : 0.f, has_mask ? lds_f32(mask_address + 32) : 0.f};
+            const float mask[2] = {has_mask ? lds_f32(mask_address) : 0.f,
+                                   has_mask ? lds_f32(mask_address + 32) : 0.f};
             // S first, dP only when P is done: together they would not fit the registers.
             float s[kTiles][4];
             Mma::product_abt(s, k, q, lane);
@@ -121,14 +128,16 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
             for (int j = 0; j < kTiles; ++j) {
                 const float4 stat = lds_f32x4(stats + j * 64);  // {lse, delta} of two neighbouring queries
                 float2 low = make_float2(0.f, 0.f);
-                if (sizeof(T) == 4) low = lds_f32x2(d_o + Tile::kQueryBytes + Tile::kBlockM * 8 + (j * 8 + pair * 2) * 4);
+                if (sizeof(T) == 4)
+                    low = lds_f32x2(d_o + Tile::kQueryBytes + Tile::kBlockM * 8 + (j * 8 + pair * 2) * 4);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const float x = fmaf(s[j][e], p.softmax_scale, bias[j][e]) + mask[e >> 1];
                     s[j][e] = probability<T>(x, e & 1 ? stat.z : stat.x, e & 1 ? low.y : low.x);
                 }
             }
-            Mma::product_pb(dv[r], s, d_o, lane);
+            if constexpr (Tile::kDv) Mma::product_pb(dv[r], s, d_o, lane);
+            if constexpr (!Tile::kDk) continue;
             float dp[kTiles][4];
             Mma::product_abt(dp, k + Tile::kKeyBytes, d_o, lane);
 #pragma unroll
@@ -159,19 +168,22 @@ evoformer_bwd_dkv_kernel(const __grid_constant__ KernelParams p) {
         const int key = key0 + warp * 16, valid = row.valid ? p.k_len - key : 0;
         const int64_t stride = static_cast<int64_t>(p.heads) * p.head_dim;
         const uint32_t scratch = key_of(r) + warp * 16 * Tile::kPitch;
-        if (p.dk != nullptr) {
-            store_accumulator<T, kHeadDim>(row.template out<T>(p, p.dk, p.k_len, item.head) + key * stride, stride, valid, p.head_dim,
-                                           scratch, dk[r], p.softmax_scale, p.softmax_scale, lane);
-            store_accumulator<T, kHeadDim>(row.template out<T>(p, p.dv, p.k_len, item.head) + key * stride, stride, valid, p.head_dim,
-                                           scratch + Tile::kKeyBytes, dv[r], 1.f, 1.f, lane);
+        if (Tile::kDk && p.dk != nullptr) {
+            store_accumulator<T, kHeadDim>(row.template out<T>(p, p.dk, p.k_len, item.head) + key * stride, stride,
+                                           valid, p.head_dim, scratch, dk[r], p.softmax_scale, p.softmax_scale, lane);
         }
-        if (p.dmask_bias != nullptr) {
+        if (Tile::kDv && p.dv != nullptr) {
+            store_accumulator<T, kHeadDim>(row.template out<T>(p, p.dv, p.k_len, item.head) + key * stride, stride,
+                                           valid, p.head_dim, scratch + Tile::kKeyBytes, dv[r], 1.f, 1.f, lane);
+        }
+        if (Tile::kDk && p.dmask_bias != nullptr) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 dmask[r][i] += shfl_xor(dmask[r][i], 1);
                 dmask[r][i] += shfl_xor(dmask[r][i], 2);
                 const int offset = quad + 8 * i;
-                if (pair == 0 && offset < valid) p.dmask_bias[row.head_row(p, item.head) * p.k_len + key + offset] = dmask[r][i];
+                if (pair == 0 && offset < valid)
+                    p.dmask_bias[row.head_row(p, item.head) * p.k_len + key + offset] = dmask[r][i];
             }
         }
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// d(pair_bias)[h, q, k] = sum over rows of dS. A block owns a tile of one head's bias, keeps its sum in fp32 registers and runs
-// over its share of the rows in order: no atomics, the same bits in every run. Shares write buffers of their own.
+// d(pair_bias)[h, q, k] = sum over rows of dS. A block owns a tile of one head's bias, keeps its sum in fp32 registers
+// and runs over its share of the rows in order: no atomics, the same bits in every run. Shares write buffers of their
+// own.
 #pragma once
 #include "bias.h"
 #include "kernel_params.h"
@@ -30,7 +31,7 @@ DS4SCI_DEVICE void read_global_bias(float (&bias)[kTiles][4], const KernelParams
 
 template <typename T, int kHeadDim, typename Tile>
 __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kMinBlocks)
-evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
+    evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
     DS4SCI_DYNAMIC_SMEM(smem_base);
     using Mma = TileMma<T, kHeadDim>;
     constexpr int kChunks = Tile::kBlockN / Tile::kChunkN, kTiles = Tile::kChunkN / 8, kThreads = Tile::kNumThreads;
@@ -73,8 +74,8 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
         load_keys(keys + Tile::kKeyBytes, p.v, p.v_stride);
         if (has_mask) load_vector<Tile::kBlockN, kThreads>(stage + Tile::kMaskOffset, row.mask_of(p) + key0, thread);
         const int64_t first = row.head_row(p, head) * p.q_len_padded + q0;
-        load_vector<Tile::kBlockM * 2, kThreads>(stage + Tile::kStatsOffset, reinterpret_cast<const float*>(p.row_stats + first),
-                                                 thread);
+        load_vector<Tile::kBlockM * 2, kThreads>(stage + Tile::kStatsOffset,
+                                                 reinterpret_cast<const float*>(p.row_stats + first), thread);
         if (sizeof(T) == 4) load_vector<Tile::kBlockM, kThreads>(stage + Tile::kLowOffset, p.lse_low + first, thread);
         next_row.advance(p);
     };
@@ -98,7 +99,8 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
     float bias[kChunks][kTiles][4], sum[kChunks][kTiles][4];
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-        read_global_bias<T>(bias[c], p, pair_offset(p, group, head), q, key0 + c * Tile::kChunkN + pair * 2, ref_low, ref_high);
+        read_global_bias<T>(bias[c], p, pair_offset(p, group, head), q, key0 + c * Tile::kChunkN + pair * 2, ref_low,
+                            ref_high);
         zero_bias(sum[c]);
     }
 
@@ -111,7 +113,8 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
         }
         const uint32_t stage = stage_of(i), query = stage + warp * 16 * Tile::kPitch;
         const uint32_t stats = stage + Tile::kStatsOffset + (warp * 16 + quad) * 8;
-        const float2 stat_low = lds_f32x2(stats), stat_high = lds_f32x2(stats + 64);  // {lse, delta} of rows quad, quad + 8
+        const float2 stat_low = lds_f32x2(stats),
+                     stat_high = lds_f32x2(stats + 64);  // {lse, delta} of rows quad, quad + 8
         float rest_low = 0.f, rest_high = 0.f;
         if (sizeof(T) == 4) {
             rest_low = lds_f32(stage + Tile::kLowOffset + (warp * 16 + quad) * 4);
@@ -132,7 +135,8 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
             for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    s[j][e] = probability<T>(s[j][e], e >> 1 ? stat_high.x : stat_low.x, e >> 1 ? rest_high : rest_low);
+                    s[j][e] =
+                        probability<T>(s[j][e], e >> 1 ? stat_high.x : stat_low.x, e >> 1 ? rest_high : rest_low);
                 }
             }
             float dp[kTiles][4];
@@ -161,7 +165,8 @@ evoformer_bwd_dpair_kernel(const __grid_constant__ KernelParams p) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int query = q + (e >> 1) * 8, column = key0 + c * Tile::kChunkN + j * 8 + pair * 2 + (e & 1);
-                if (query < p.q_len && column < p.k_len) out[static_cast<int64_t>(query) * p.k_len + column] = sum[c][j][e];
+                if (query < p.q_len && column < p.k_len)
+                    out[static_cast<int64_t>(query) * p.k_len + column] = sum[c][j][e];
             }
         }
     }

@@ -10,7 +10,7 @@ namespace ds4sci {
 
 template <typename T, int kHeadDim, typename Tile>
 __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kMinBlocks)
-evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
+    evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
     DS4SCI_DYNAMIC_SMEM(smem_base);
     using Mma = TileMma<T, kHeadDim>;
     constexpr int kRows = Tile::kRows, kTiles = Tile::kBlockN / 8, kThreads = Tile::kNumThreads;
@@ -18,7 +18,8 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int quad = lane >> 2;
 
-    const WorkItem item = decode_work_item(blockIdx.x, ceil_div(p.q_len, Tile::kBlockM), ceil_div(p.rows_per_group, kRows), p.heads);
+    const WorkItem item =
+        decode_work_item(blockIdx.x, ceil_div(p.q_len, Tile::kBlockM), ceil_div(p.rows_per_group, kRows), p.heads);
     const int q0 = item.tile * Tile::kBlockM;
     const bool has_pair = p.pair_bias != nullptr, has_mask = p.mask != nullptr;
     const int pair_bytes = p.pair_element_bytes(), pitch = bias_pitch(Tile::kBlockN, pair_bytes);
@@ -40,11 +41,16 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
     }
 
     auto query_of = [&](int r) { return smem + 2 * r * Tile::kQueryBytes; };  // Q, then dO
-    auto stage_of = [&](int key_tile) { return smem + Tile::kStageOffset + key_tile % Tile::kStages * Tile::kStageBytes; };
-    auto bias_of = [&](int key_tile) { return smem + Tile::kBiasOffset + key_tile % Tile::kStages * bias_stage_bytes; };
+    auto stage_of = [&](int key_tile) {
+        return smem + Tile::kStageOffset + key_tile % Tile::kStages * Tile::kStageBytes;
+    };
+    auto bias_of = [&](int key_tile) {
+        return smem + Tile::kBiasOffset + key_tile % Tile::kStages * bias_stage_bytes;
+    };
     auto load_stage = [&](int key_tile) {
         const int key = key_tile * Tile::kBlockN;
-        if (has_pair) BiasCopy<Tile::kBlockM, Tile::kBlockN, kThreads>::load(bias_of(key_tile), p, pair_base, q0, key, thread);
+        if (has_pair)
+            BiasCopy<Tile::kBlockM, Tile::kBlockN, kThreads>::load(bias_of(key_tile), p, pair_base, q0, key, thread);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const uint32_t stage = stage_of(key_tile) + r * Tile::kRowStageBytes;
@@ -62,16 +68,17 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
 #pragma unroll 1
             for (int stage = 0; stage < Tile::kStages; ++stage) {
                 KeyCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes, p.head_dim, thread);
-                KeyCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes + Tile::kKeyBytes, p.head_dim, thread);
+                KeyCopy::clear_padding(stage_of(stage) + r * Tile::kRowStageBytes + Tile::kKeyBytes, p.head_dim,
+                                       thread);
             }
         }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        QueryCopy::load(query_of(r), rows[r].template in<T>(p.q, p.q_stride, item.head), p.q_stride.l, q0, p.q_len, p.head_dim,
-                        thread);
-        QueryCopy::load(query_of(r) + Tile::kQueryBytes, rows[r].template in<T>(p.d_o, p.d_o_stride, item.head), p.d_o_stride.l,
-                        q0, p.q_len, p.head_dim, thread);
+        QueryCopy::load(query_of(r), rows[r].template in<T>(p.q, p.q_stride, item.head), p.q_stride.l, q0, p.q_len,
+                        p.head_dim, thread);
+        QueryCopy::load(query_of(r) + Tile::kQueryBytes, rows[r].template in<T>(p.d_o, p.d_o_stride, item.head),
+                        p.d_o_stride.l, q0, p.q_len, p.head_dim, thread);
     }
     load_stage(0);
     cp_async_commit();
@@ -106,7 +113,8 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
         }
         float bias[kTiles][4];
         if (has_pair) {
-            read_bias<T>(bias, bias_of(key_tile) + warp * 16 * pitch, pitch, p.pair_is_fp32(), ref_low, ref_high, lane);
+            read_bias<T>(bias, bias_of(key_tile) + warp * 16 * pitch, pitch, p.pair_is_fp32(), ref_low, ref_high,
+                         lane);
         } else {
             zero_bias(bias);
         }
@@ -146,9 +154,10 @@ evoformer_bwd_dq_kernel(const __grid_constant__ KernelParams p) {
     for (int r = 0; r < kRows; ++r) {
         const RowLocation& row = rows[r];
         const int q = q0 + warp * 16;
-        store_accumulator<T, kHeadDim>(row.template out<T>(p, p.dq, p.q_len, item.head) + static_cast<int64_t>(q) * p.heads * p.head_dim,
-                                       static_cast<int64_t>(p.heads) * p.head_dim, row.valid ? p.q_len - q : 0, p.head_dim,
-                                       query_of(r) + warp * 16 * Tile::kPitch, dq[r], p.softmax_scale, p.softmax_scale, lane);
+        store_accumulator<T, kHeadDim>(
+            row.template out<T>(p, p.dq, p.q_len, item.head) + static_cast<int64_t>(q) * p.heads * p.head_dim,
+            static_cast<int64_t>(p.heads) * p.head_dim, row.valid ? p.q_len - q : 0, p.head_dim,
+            query_of(r) + warp * 16 * Tile::kPitch, dq[r], p.softmax_scale, p.softmax_scale, lane);
     }
 }
 
