@@ -3,8 +3,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from deepspeed_ds4sci.ops import _custom_op
@@ -176,6 +178,42 @@ def test_no_gradient_is_kept_where_none_is_asked_for():
     assert not attend(inputs).requires_grad
     with torch.inference_mode():
         torch.testing.assert_close(attend(inputs), attend(inputs, implementation="reference"))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_see_the_op_and_get_the_same_results():
+    inputs = make_inputs(SHAPE)
+    expected = run_op(inputs)
+    with _Recorder() as recorder:
+        actual = run_op(inputs)
+    ours = [name for name in recorder.names if name.startswith("deepspeed_ds4sci")]
+    assert ours == ["deepspeed_ds4sci::evoformer_attn_fwd", "deepspeed_ds4sci::evoformer_attn_bwd"]
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_fake_tensors_get_shapes_without_any_computation():
+    with FakeTensorMode():
+        x = torch.empty(1, 4096, 4096, 8, 32, dtype=torch.bfloat16, requires_grad=True)
+        o = evoformer_attention(x, x, x)
+        (dx,) = torch.autograd.grad(o.sum(), x)
+    assert (o.shape, dx.shape, dx.dtype) == (x.shape, x.shape, torch.bfloat16)
+
+
+def test_parameters_are_plain_tensors_to_the_op():
+    inputs = make_inputs(SHAPE)
+    expected = run_op(inputs)
+    inputs.pair_bias = torch.nn.Parameter(inputs.pair_bias.detach())
+    assert torch.equal(run_op(inputs)["dpair_bias"], expected["dpair_bias"])
 
 
 def test_lse_cannot_be_differentiated():
