@@ -15,6 +15,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 CXX_FILES = $(shell git ls-files '*.cu' '*.cuh' '*.h')
+# An empty file needs no licence.
 HEADED_FILES = $(shell git ls-files '*.py' '*.cu' '*.cuh' '*.h' '*.cpp' '*.sh' Makefile .ci/run)
 
 .PHONY: demo install lint format test build test-gpu bench verify report
@@ -30,7 +31,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/codespell $$(git ls-files)
-	@missing=$$(grep -L 'SPDX-License-Identifier: Apache-2.0' $(HEADED_FILES)); \
+	@missing=$$(find $(HEADED_FILES) -size +0 -exec grep -L 'SPDX-License-Identifier: Apache-2.0' {} +); \
 	if [ -n "$$missing" ]; then echo "no licence header in:"; echo "$$missing"; exit 1; fi
 
 format: $(READY)  ## what lint asks for, done
