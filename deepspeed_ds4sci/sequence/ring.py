@@ -124,7 +124,7 @@ class _Transfer:
     def wait(self) -> torch.Tensor:
         for work in self.works:
             work.wait()
-        self.sent = None
+        self.works = self.sent = None  # works hold the sent block too
         return self.received
 
 
