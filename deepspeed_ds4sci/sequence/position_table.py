@@ -33,8 +33,8 @@ class TableShard:
     def __post_init__(self):
         if self.rows.dim() != 2 or not 0 <= self.start <= self.stop <= self.num_positions:
             raise ValueError(
-                f"a shard must be rows [start, stop) of {self.num_positions}, got [{self.start}, {self.stop}) and shape "
-                f"{list(self.rows.shape)}"
+                f"a shard must be rows [start, stop) of {self.num_positions}, got [{self.start}, {self.stop}) and "
+                f"shape {list(self.rows.shape)}"
             )
         if self.rows.shape[0] != self.stop - self.start:
             raise ValueError(
@@ -77,8 +77,8 @@ def resplit(
     if missing.any():
         lost = missing.nonzero().flatten() + start
         raise ValueError(
-            f"no shard holds {lost.numel()} of the position table's rows [{start}, {stop}); the first is {lost[0]}, the "
-            f"last {lost[-1]}"
+            f"no shard holds {lost.numel()} of the position table's rows [{start}, {stop}); the first is {lost[0]}, "
+            f"the last {lost[-1]}"
         )
 
 
@@ -120,7 +120,7 @@ class ShardedPositionEmbedding(nn.Module):
 
     @classmethod
     def from_table(cls, table: torch.Tensor, group: dist.ProcessGroup | None, init_std: float = 1.0):
-        """This rank's part of a table that exists already, [N, D], such as a loaded model's. Keeps device and dtype."""
+        """This rank's part of a table [N, D] that exists already, such as a loaded model's. Keeps device and dtype."""
         self = cls(*table.shape, group, init_std=init_std, device="meta", dtype=table.dtype)
         weight = table.new_zeros(self.weight.shape)
         weight[: self.stop - self.start].copy_(table.detach()[self.start : self.stop])
@@ -151,7 +151,7 @@ class ShardedPositionEmbedding(nn.Module):
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Rows for the positions that this rank asks for.
 
-        All ranks of the group must call it together; each may ask for any positions, and for different numbers of them.
+        All ranks of the group must call it together; each may ask for any positions, and any number of them.
 
         Args:
             position_ids: integers of any shape, in [0, N).
@@ -214,7 +214,7 @@ class _FetchRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, wanted, table):
         owner = wanted.div(table.rows_per_rank, rounding_mode="floor")
-        invalid = bool(wanted.numel()) and not (wanted[0] >= 0 and wanted[-1] < table.num_positions)
+        invalid = bool(wanted.numel()) and (wanted[0] < 0 or wanted[-1] >= table.num_positions)
         counts = torch.full((table.size,), _INVALID) if invalid else torch.bincount(owner, minlength=table.size)
         sent = counts.to(wanted.device)
         received = torch.empty_like(sent)
@@ -225,7 +225,8 @@ class _FetchRows(torch.autograd.Function):
             culprit = table.rank if invalid else answered.index(_INVALID)
             detail = f", from {int(wanted[0])} to {int(wanted[-1])}" if invalid else ""
             raise ValueError(
-                f"position_ids must be in [0, {table.num_positions}); rank {culprit} of {table.size} asks for others{detail}"
+                f"position_ids must be in [0, {table.num_positions}); "
+                f"rank {culprit} of {table.size} asks for others{detail}"
             )
         ids = wanted.new_empty(sum(answered))
         dist.all_to_all_single(ids, wanted, answered, asked, group=table.group)
