@@ -84,19 +84,10 @@ class ScoreRules:
             queries, keys: global positions of its rows and columns.
             row: local number of the first query, for `mask`.
         """
-        device = scores.device
-        query = torch.arange(*queries, device=device)[:, None]
-        key = torch.arange(*keys, device=device)[None, :]
+        keep = self.kept(scores.shape, queries, keys, scores.device)
         if self.slopes is not None:
-            distance = (query - key).abs().to(scores.dtype)
-            scores = scores - self.slopes.to(scores.dtype)[:, None, None] * distance
-        keep = None
-        if not self.everything_kept(queries, keys):
-            keep = _within(query - key, self.left, self.right)
-        if self.documents is not None:
-            of_query = self.documents[:, None, queries[0] : queries[1], None]
-            of_key = self.documents[:, None, None, keys[0] : keys[1]]
-            keep = _both(keep, (of_query == of_key) & (of_query >= 0))
+            query, key = _columns_and_rows(queries, keys, scores.device)
+            scores = scores - self.slopes.to(scores.dtype)[:, None, None] * (query - key).abs().to(scores.dtype)
         if self.mask is not None:
             rows = slice(None) if self.mask.shape[2] == 1 else slice(row, row + queries[1] - queries[0])
             mask = self.mask[:, :, rows, keys[0] : keys[1]]
@@ -104,10 +95,22 @@ class ScoreRules:
                 keep = _both(keep, mask)
             else:
                 scores = scores + mask.to(scores.dtype)
-        if self.mask_rule is not None:
-            batch, head = self._batch_and_head(scores)
-            keep = _both(keep, self.mask_rule(batch, self.real_head(head), query, key))
         return scores if keep is None else scores.masked_fill(~keep, float("-inf"))
+
+    def kept(self, shape: tuple[int, ...], queries: Range, keys: Range, device) -> torch.Tensor | None:
+        """What all but `mask` keeps of scores [B, H, Q, K]: bool that broadcasts to them; None: everything."""
+        query, key = _columns_and_rows(queries, keys, device)
+        keep = None
+        if not self.everything_kept(queries, keys):
+            keep = _within(query - key, self.left, self.right)
+        if self.documents is not None:
+            of_query = self.documents[:, None, queries[0] : queries[1], None]
+            of_key = self.documents[:, None, None, keys[0] : keys[1]]
+            keep = _both(keep, (of_query == of_key) & (of_query >= 0))
+        if self.mask_rule is not None:
+            batch, head = self._batch_and_head(shape, device)
+            keep = _both(keep, self.mask_rule(batch, self.real_head(head), query, key))
+        return keep
 
     def dropout_factor(self, scores: torch.Tensor, queries: Range, keys: Range) -> torch.Tensor:
         """What probabilities are multiplied with: 0 or 1 / (1 - dropout_p), like `scores`.
@@ -115,9 +118,8 @@ class ScoreRules:
         A hash of seed, batch, head, query and key decides, so forward, backward and recomputation agree, and so do
         all ways of cutting the score matrix: P ranks drop exactly what one rank drops.
         """
-        query = torch.arange(*queries, device=scores.device)[:, None]
-        key = torch.arange(*keys, device=scores.device)[None, :]
-        batch, head = self._batch_and_head(scores)
+        query, key = _columns_and_rows(queries, keys, scores.device)
+        batch, head = self._batch_and_head(scores.shape, scores.device)
         rows = _mix(_mix(_mix(self.dropout_seed + batch * _GOLDEN) + head * _GOLDEN) + query * _GOLDEN)
         uniform = _mix(rows + key * _GOLDEN) & 0xFFFFFF  # 24 bits
         keep = uniform >= round(self.dropout_p * 2**24)
@@ -127,9 +129,9 @@ class ScoreRules:
         """Head numbers that a user's rule may be asked with."""
         return head if self.num_heads is None else head.clamp(max=self.num_heads - 1)
 
-    def _batch_and_head(self, scores):
-        batch = torch.arange(scores.shape[0], device=scores.device).view(-1, 1, 1, 1)
-        head = torch.arange(self.first_head, self.first_head + scores.shape[1], device=scores.device)
+    def _batch_and_head(self, shape, device):
+        batch = torch.arange(shape[0], device=device).view(-1, 1, 1, 1)
+        head = torch.arange(self.first_head, self.first_head + shape[1], device=device)
         return batch, head.view(1, -1, 1, 1)
 
     def bias(self, like: torch.Tensor, queries: tuple[Range, ...], keys: Range) -> torch.Tensor:
@@ -185,6 +187,11 @@ def window_limits(causal: bool, window: int | tuple[int, int] | None) -> tuple[i
             raise ValueError(f"window must be a number of tokens or (left, right) with -1 for no limit, got {window}")
         left, right = (None if side == -1 else side for side in window)
     return left, 0 if causal else right
+
+
+def _columns_and_rows(queries: Range, keys: Range, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the queries [Q, 1] and of the keys [1, K]."""
+    return torch.arange(*queries, device=device)[:, None], torch.arange(*keys, device=device)[None, :]
 
 
 def _within(offset: torch.Tensor, left: int | None, right: int | None) -> torch.Tensor:
