@@ -47,9 +47,9 @@ def _not_there_yet(config):
             'it changes nothing; leave the kind at "model"',
         ),
         (
-            "attention.implementation = flash_attn",
-            attention.implementation == "flash_attn",
-            'the package\'s interface is not wired in; "flash" is the same algorithm, FlashAttention-2, in PyTorch',
+            "sequence_parallel.loss_average = step",
+            parallel.loss_average == "step",
+            "the micro-batches of a step count equally, as in DeepSpeed",
         ),
         (
             "attention without sequence_parallel",
@@ -123,6 +123,12 @@ def _against_sequence_parallel(config, ds_config):
         ),
         ("expert_parallel", ds_config.get("expert_parallel", {}).get("enabled", False), "its groups overlap ours"),
         ("sparse_gradients", ds_config.get("sparse_gradients", False), "sparse reduction has no test here"),
+        (
+            "zero_optimization.reduce_scatter = false at stage 3",
+            zero.get("stage", 0) == 3 and zero.get("reduce_scatter", True) is False,
+            "DeepSpeed then scales the gradients of large and small parameters differently",
+        ),
+        ("gradient_predivide_factor", ds_config.get("gradient_predivide_factor", 1.0) != 1.0, one_meaning),
         (
             "managed_gradient_accumulation = false",
             ds_config.get("managed_gradient_accumulation", True) is False,

@@ -101,9 +101,12 @@ class PositionEmbeddingConfig(_Block):
 class AttentionConfig(_Block):
     """Which kernel computes attention."""
 
-    implementation: Literal["fastest", "flash", "cudnn", "efficient", "flex", "math", "flash_attn"] = "fastest"
+    implementation: Literal["fastest", "flash", "cudnn", "efficient", "flex", "math", "tiled", "flash_attn"] = (
+        "fastest"
+    )
     """`flash` (FlashAttention-2), `cudnn`, `efficient` and `math` are PyTorch's scaled-dot-product kernels, `flex` its
-    compiled one, `flash_attn` the package of that name. `fastest`: the fastest that takes the inputs."""
+    compiled one, `flash_attn` the package of that name, `tiled` our own in plain PyTorch. `fastest`: the fastest that
+    takes the inputs."""
 
     sliding_window: int = Field(0, ge=0)
     """Tokens that each token attends to, itself included. 0: no window."""

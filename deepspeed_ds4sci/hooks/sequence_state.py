@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state that ties a model's attention layers, its inputs and its outputs together while sequences are split."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
+from deepspeed_ds4sci.sequence.groups import SequenceGroups
+from deepspeed_ds4sci.sequence.inputs import InputSharder, ShardedBatch
+from deepspeed_ds4sci.sequence.loss import gather_sequence, gradient_divisor, sharded_cross_entropy
+
+
+@dataclass
+class SequenceState:
+    """One per model. `batch` is what the last forward pass works on; recomputation in its backward pass reads it."""
+
+    groups: SequenceGroups
+    attention: SequenceParallelAttention
+    sharder: InputSharder
+    zero_stage: int
+    window: int = 0
+    batch: ShardedBatch | None = None
+    handles: list[Any] = field(default_factory=list)
+    checked: bool = False
+    """The engine has compared the batch in work over the group."""
+
+    @property
+    def divisor(self) -> int:
+        """See `sequence.loss`."""
+        return gradient_divisor(self.zero_stage, self.groups.dp_size, self.groups.dp_size * self.groups.sp_size)
+
+    def attend(self, q, k, v, *, dropout_p: float, scale: float | None) -> torch.Tensor:
+        """Attention under the batch's masks. q: [B, L, H, D]; k, v: [B, L, G, D] -> [B, L, H, D]."""
+        batch = self.batch
+        return self.attention(
+            q,
+            k,
+            v,
+            # A script's own 4-D mask says everything about who sees whom, as in transformers.
+            causal=self.sharder.causal and batch.mask is None,
+            mask=batch.attention_mask(),
+            document_ids=batch.document_ids,
+            window=self.window or None,
+            dropout_p=dropout_p,
+            scale=scale,
+        )
+
+    def loss(self, logits: torch.Tensor, training: bool) -> torch.Tensor:
+        """Training: the mean over the valid tokens of all ranks. Else over the sequence group's alone: evaluation
+        loaders of data-parallel ranks may have different lengths."""
+        group = self.groups.world_group if training else self.groups.sp_group
+        return sharded_cross_entropy(logits, self.batch.labels, group, self.divisor)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[B, L, ...] -> [B, S, ...] without padding, for a script that goes on with whole outputs."""
+        factor = self.divisor / self.groups.dp_size
+        return gather_sequence(tensor, self.batch.layout, self.groups.sp_group, factor)[:, : self.batch.seq_len]
