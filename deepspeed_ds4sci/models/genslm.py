@@ -21,6 +21,7 @@ from torch import nn
 from deepspeed_ds4sci.models.configs import GenSLMConfig
 from deepspeed_ds4sci.sequence.alibi import alibi_slopes
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
+from deepspeed_ds4sci.sequence.blocks import accumulation_dtype
 from deepspeed_ds4sci.sequence.rotary import RotaryEmbedding, apply_rotary
 from deepspeed_ds4sci.sequence.scores import MaskRule
 from deepspeed_ds4sci.sequence.tiling import cross_entropy_sum, tiled, tiled_cross_entropy
@@ -146,7 +147,7 @@ class GenSLM(nn.Module):
                 document_ids=document_ids,
                 dropout_p=config.attention_dropout if self.training else 0.0,
             ),
-            None if self.rotary is None else self.rotary(position_ids, hidden.dtype),
+            None if self.rotary is None else self.rotary(position_ids, accumulation_dtype(hidden)),
             self.mlp_tile,
         )
         for layer in self.layers:

@@ -9,6 +9,8 @@ attention with the same arithmetic.
 Source: Liu, Zaharia, Abbeel 2023 (ring attention); Milakov, Gimelshein 2018 (online softmax).
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
@@ -43,8 +45,21 @@ def ring_attention(
     return _RingAttention.apply(q, k, v, rules, ranges, group, kernel)
 
 
+def _exact(function):
+    """Runs without autocast, which would turn fp32 products into 16 bits."""
+
+    @functools.wraps(function)
+    def run(ctx, *arguments):
+        device_type = next(x for x in arguments if isinstance(x, torch.Tensor)).device.type
+        with torch.autocast(device_type, enabled=False):
+            return function(ctx, *arguments)
+
+    return run
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
+    @_exact
     def forward(ctx, q, k, v, rules, ranges, group, kernel):
         ring = _Ring(group)
         grouped_q = _grouped(q, k.shape[2])
@@ -63,6 +78,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exact
     def backward(ctx, do):
         q, k, v, output, lse = ctx.saved_tensors
         rules, ranges, group, kernel = ctx.fixed

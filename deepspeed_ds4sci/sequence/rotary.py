@@ -105,11 +105,11 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
 
     Args:
         x: [B, L, H, D].
-        cos, sin: [B|1, L, R / 2] in the dtype of x, from `RotaryEmbedding`.
+        cos, sin: [B|1, L, R / 2] from `RotaryEmbedding`; fp32 rotates in fp32 whatever the dtype of x.
         interleaved: channel i is paired with its neighbour (GPT-J) in place of channel i + R / 2 (GPT-NeoX, Llama).
 
     Returns:
-        [B, L, H, D].
+        [B, L, H, D], dtype of x.
     """
     half = cos.shape[-1]
     rotated, passed = x[..., : 2 * half], x[..., 2 * half :]
@@ -117,4 +117,5 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
     a, b = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.split(half, -1)
     turned = (a * cos - b * sin, b * cos + a * sin)
     turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    turned = turned.to(x.dtype)
     return torch.cat([turned, passed], -1) if passed.shape[-1] else turned

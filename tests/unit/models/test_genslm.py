@@ -229,6 +229,17 @@ def test_dropout_repeats_under_recomputation():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_and_bf16(kind):
+    model, ids = make_model(kind), tokens()
+    expected = model(ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(ids, labels=ids).loss, expected, rtol=0.02, atol=0.02)
+    output = model.bfloat16()(ids, labels=ids)
+    assert output.hidden_states.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, expected, rtol=0.03, atol=0.03)
+
+
 def test_longer_than_trained_on():
     ids = tokens(1, 100)
     for kind in ("rotary", "alibi"):

@@ -69,6 +69,13 @@ def test_casting_the_model_leaves_the_frequencies_alone():
     assert cos.dtype == sin.dtype == torch.bfloat16 and not rotary.state_dict()
 
 
+def test_bf16_is_rotated_in_fp32_and_rounded_once():
+    x = torch.randn(1, 5, 2, 8).bfloat16()
+    cos, sin = RotaryEmbedding(8)(torch.arange(5)[None] + 1000, torch.float32)
+    rotated = apply_rotary(x, cos, sin)
+    assert rotated.dtype == torch.bfloat16 and torch.equal(rotated, apply_rotary(x.float(), cos, sin).bfloat16())
+
+
 def test_linear_and_ntk_scaling():
     plain, _ = rotary_frequencies(16)
     linear, factor = rotary_frequencies(16, scaling=RotaryScaling("linear", 4.0))
