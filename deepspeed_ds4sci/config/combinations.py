@@ -62,11 +62,10 @@ def _not_there_yet(config):
             "masks are passed in the batch (attention_mask, document ids by position_ids that start again)",
         ),
         (
-            "activation_checkpointing",
-            config.activation_checkpointing.enabled(),
-            "call model.gradient_checkpointing_enable() in the script",
+            "activation_checkpointing.cpu_offload",
+            config.activation_checkpointing.cpu_offload,
+            "what checkpointed layers start from stays on the device",
         ),
-        ("tiling", config.tiling.enabled(), "leave it out"),
     )
 
 

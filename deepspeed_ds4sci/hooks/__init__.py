@@ -5,10 +5,17 @@ A hook reads its own part of the block, changes what it says it changes, and rep
 around DeepSpeed's engine.
 """
 
+from deepspeed_ds4sci.hooks.activation_checkpointing import ActivationCheckpointingHook
 from deepspeed_ds4sci.hooks.context import Change, Hook, HookContext
 from deepspeed_ds4sci.hooks.position_embedding import PositionEmbeddingHook
 from deepspeed_ds4sci.hooks.sequence_parallel import SequenceParallelHook
+from deepspeed_ds4sci.hooks.tiling import TilingHook
 
-HOOKS: tuple[Hook, ...] = (SequenceParallelHook(), PositionEmbeddingHook())
+HOOKS: tuple[Hook, ...] = (
+    SequenceParallelHook(),
+    PositionEmbeddingHook(),
+    ActivationCheckpointingHook(),
+    TilingHook(),
+)
 
 __all__ = ["HOOKS", "Change", "Hook", "HookContext"]

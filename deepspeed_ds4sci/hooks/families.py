@@ -6,10 +6,13 @@ module hooks. A model class that is not listed is refused by name; it may pool, 
 that are wrong on a part of the sequence.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from deepspeed_ds4sci.models.genslm import shift_labels
 
 ATTENTION_NAME = "ds4sci"
 
@@ -19,7 +22,7 @@ class Family:
     """Models that share their code.
 
     causal: attention looks back only, and labels are the next tokens.
-    attention: class name of the modules that call the attention function.
+    attention: class name of the modules that call the attention function; layer: of the repeated blocks.
     classes: class names of the models that may be split.
     position_table: attribute of the base model that is its learned position table, if it has one.
     """
@@ -27,11 +30,37 @@ class Family:
     name: str
     causal: bool
     attention: str
+    layer: str
     classes: tuple[str, ...]
     position_table: str | None = None
 
     def attention_modules(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that attend."""
         return [module for module in model.modules() if type(module).__name__ == self.attention]
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The repeated blocks, in order."""
+        return [module for module in model.modules() if type(module).__name__ == self.layer]
+
+    def base(self, model: nn.Module) -> nn.Module:
+        """The module whose attribute `position_table` is."""
+        return model.base_model
+
+    def is_causal(self, model: nn.Module) -> bool:
+        return self.causal
+
+    def shard(self, model: nn.Module, state, arguments: dict) -> dict:
+        """This rank's part of the arguments; `state.batch` gets what goes with it."""
+        # transformers reads documents off the position ids of a causal model, unless it keeps a cache.
+        caches = arguments.get("use_cache", getattr(model.config, "use_cache", False))
+        local, state.batch = state.sharder.shard(arguments, packed=self.causal and not caches)
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            local["use_cache"] = False
+        return local
+
+    def loss(self, state, output, training: bool) -> torch.Tensor:
+        """The global mean loss of a batch with labels."""
+        return state.loss(output["logits"], training)
 
     def prepare(self, model: nn.Module, state) -> None:
         """Points the model's attention at `state`. Raises NotImplementedError for a variant that cannot be split."""
@@ -67,6 +96,61 @@ class EsmFamily(Family):
         super().prepare(model, state)
         embeddings = model.base_model.embeddings
         _TokenDropout(embeddings, state).install()
+
+
+class GenSLMFamily(Family):
+    """Our own decoder, which takes attention and the reduction of the loss from outside."""
+
+    def base(self, model):
+        return model
+
+    def is_causal(self, model):
+        return model.config.causal
+
+    def prepare(self, model, state):
+        if state.window:
+            raise NotImplementedError(
+                "ds4sci.attention.sliding_window is the field `window` of GenSLMConfig; set it there, where the model "
+                "is built"
+            )
+        original = model.attention, model.loss_reduction
+        model.attention = state.attention
+        model.loss_reduction = lambda loss_sum, count: state.mean_loss(loss_sum, count, _trains(model))
+
+        def undo():
+            model.attention, model.loss_reduction = original
+
+        state.handles.append(_OnRemoval(undo))
+
+    def shard(self, model, state, arguments):
+        tokens, mask = arguments["input_ids"], arguments.get("attention_mask")
+        documents = arguments.get("document_ids")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            documents = torch.zeros_like(tokens) if documents is None else documents
+            documents, mask = documents.masked_fill(mask == 0, -1), None
+        given = {name: arguments[name] for name in ("input_ids", "position_ids") if name in arguments}
+        shifted = arguments.get("shift_labels")
+        if "labels" in arguments:
+            labels = arguments["labels"]
+            shifted = shift_labels(labels, documents) if model.config.causal else labels
+        if shifted is not None:
+            given["shift_labels"] = shifted
+        if isinstance(mask, torch.Tensor):
+            given["attention_mask"] = mask
+        local, state.batch = state.sharder.shard(given)
+        padding = state.batch.layout.seq_len - state.batch.seq_len
+        if padding and (documents is not None or not model.config.causal):
+            documents = torch.zeros_like(tokens) if documents is None else documents
+            documents = torch.nn.functional.pad(documents, (0, padding), value=-1)
+        rows = state.batch.mask if isinstance(mask, torch.Tensor) else mask
+        return {**local, "shift_labels": state.batch.labels, "document_ids": documents, "attention_mask": rows}
+
+    def loss(self, state, output, training):
+        return output["loss"]
+
+
+def _trains(model):
+    return model.training and torch.is_grad_enabled()
 
 
 class _TokenDropout:
@@ -119,10 +203,11 @@ class _OnRemoval:
 
 
 FAMILIES = (
-    Family("gpt_neox", True, "GPTNeoXAttention", ("GPTNeoXForCausalLM", "GPTNeoXModel")),
-    GPT2Family("gpt2", True, "GPT2Attention", ("GPT2LMHeadModel", "GPT2Model"), "wpe"),
-    Family("llama", True, "LlamaAttention", ("LlamaForCausalLM", "LlamaModel")),
-    EsmFamily("esm", False, "EsmSelfAttention", ("EsmForMaskedLM", "EsmModel")),
+    Family("gpt_neox", True, "GPTNeoXAttention", "GPTNeoXLayer", ("GPTNeoXForCausalLM", "GPTNeoXModel")),
+    GPT2Family("gpt2", True, "GPT2Attention", "GPT2Block", ("GPT2LMHeadModel", "GPT2Model"), "wpe"),
+    Family("llama", True, "LlamaAttention", "LlamaDecoderLayer", ("LlamaForCausalLM", "LlamaModel")),
+    GenSLMFamily("genslm", True, "GenSLMLayer", "GenSLMLayer", ("GenSLM",), "position_embedding"),
+    EsmFamily("esm", False, "EsmSelfAttention", "EsmLayer", ("EsmForMaskedLM", "EsmModel")),
 )
 
 

@@ -88,13 +88,12 @@ def _learned_table(model) -> tuple[str, nn.Embedding]:
         NotImplementedError: it has none, or not one that can be taken apart.
     """
     family = family_of(model)
-    if family.position_table is None:
+    embedding = getattr(family.base(model), family.position_table, None) if family.position_table else None
+    if embedding is None:
         raise NotImplementedError(
             f"ds4sci.position_embedding.kind = learned needs a model with a learned position table; "
             f"{type(model).__name__} has none"
         )
-    base = model.base_model
-    embedding = getattr(base, family.position_table)
     name = next(name for name, module in model.named_modules() if module is embedding)
     if isinstance(embedding, ShardedPositionEmbedding):
         raise NotImplementedError(f"{name} is sharded already; make a new model for a new engine")

@@ -9,7 +9,8 @@ import torch
 
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
-from deepspeed_ds4sci.hooks.sequence_state import SequenceState
+from deepspeed_ds4sci.hooks.random_checkpoint import RandomCheckpoint
+from deepspeed_ds4sci.hooks.sequence_state import RankRandom, SequenceState
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
 from deepspeed_ds4sci.sequence.inputs import InputSharder, all_batches, same_batch
@@ -17,7 +18,16 @@ from deepspeed_ds4sci.sequence.inputs import InputSharder, all_batches, same_bat
 logger = logging.getLogger(__name__)
 
 # Arguments of the models that are split with the sequence, and those that may be given but mean nothing here.
-_SHARDED = ("input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "token_type_ids", "attention_mask")
+_SHARDED = (
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "shift_labels",
+    "position_ids",
+    "token_type_ids",
+    "attention_mask",
+    "document_ids",
+)
 _HARMLESS = ("use_cache", "return_dict", "output_hidden_states")
 
 
@@ -41,18 +51,19 @@ class SequenceParallelHook:
                 mode=block.layout_mode(),
                 rank=groups.sp_rank,
                 padding=block.padding,
-                causal=family.causal,
+                causal=family.is_causal(model),
                 pad_token_id=pad_token_id or 0,
             ),
             zero_stage=context.zero_stage,
             window=attention.sliding_window,
+            random=RankRandom(groups.sp_rank),
         )
         modules = family.attention_modules(model)
         family.prepare(model, state)
         model.ds4sci_sequence = state
         state.handles += [
-            model.register_forward_pre_hook(functools.partial(_shard_inputs, state), with_kwargs=True),
-            model.register_forward_hook(functools.partial(_finish_outputs, state)),
+            model.register_forward_pre_hook(functools.partial(_shard_inputs, family, state), with_kwargs=True),
+            model.register_forward_hook(functools.partial(_finish_outputs, family, state), always_call=True),
         ]
         mode = block.layout_mode()
         return Change(
@@ -64,6 +75,7 @@ class SequenceParallelHook:
 
     def after_engine(self, engine, context):
         engine.ds4sci_sequence = context.sequence
+        RandomCheckpoint(engine, context.sequence).install()
         engine.forward = functools.partial(_forward_in_turn, engine, engine.forward)
 
 
@@ -98,26 +110,23 @@ def named_arguments(model, args, kwargs) -> dict:
     return arguments
 
 
-def _shard_inputs(state, model, args, kwargs):
+def _shard_inputs(family, state, model, args, kwargs):
     arguments = named_arguments(model, args, kwargs)
     if not state.checked and not same_batch(arguments, state.groups.sp_group):
         raise ValueError(
             f"the {state.groups.sp_size} ranks of a sequence group called the model with different batches; call the "
             "engine, which takes them in turn, or give all ranks of a group the same batch"
         )
-    # transformers reads documents off the position ids of a causal model, unless it keeps a cache.
-    caches = arguments.get("use_cache", getattr(model.config, "use_cache", False))
-    local, state.batch = state.sharder.shard(arguments, packed=state.sharder.causal and not caches)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        local["use_cache"] = False
+    local = family.shard(model, state, arguments)
+    state.random.enter()
     return (), local
 
 
-class _ShardedLogits:
-    """Stands where the logits of a batch with labels would be; says so at the first use."""
+class _ShardedOutput:
+    """Stands where the logits of a batch with labels would be, and refuses their use."""
 
     MESSAGE = (
-        "with labels in the batch the logits stay split over the GPUs and only the loss is returned; leave the labels "
+        "with labels in the batch the outputs stay split over the GPUs and only the loss is returned; leave labels "
         "out of the batch to get whole logits, and compute the loss from those"
     )
 
@@ -134,12 +143,16 @@ class _ShardedLogits:
         raise NotImplementedError(cls.MESSAGE)
 
 
-def _finish_outputs(state, model, inputs, output):
-    """Labels given: the loss, and no logits. Else every output whole."""
+def _finish_outputs(family, state, model, inputs, output):
+    """Labels given: the loss, and no logits. Else every output whole. Called after an error too, without output."""
+    state.random.leave()
+    if output is None:
+        return None
     if state.batch.labels is not None:
         training = model.training and torch.is_grad_enabled()
-        output["loss"] = state.loss(output["logits"], training)
-        output["logits"] = _ShardedLogits()
+        output["loss"] = family.loss(state, output, training)
+        for name in output.keys() - {"loss"}:
+            output[name] = _ShardedOutput()
         return _reordered(output)
     for name, value in list(output.items()):
         if isinstance(value, torch.Tensor):

@@ -40,7 +40,14 @@ def sharded_cross_entropy(
     local_sum = F.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    return _GlobalMean.apply(local_sum, (labels != IGNORE_INDEX).sum(), group, divisor)
+    return global_mean(local_sum, (labels != IGNORE_INDEX).sum(), group, divisor)
+
+
+def global_mean(
+    local_sum: torch.Tensor, local_count: torch.Tensor, group: dist.ProcessGroup, divisor: float
+) -> torch.Tensor:
+    """The sums of all ranks of `group` over their counts, 0 for a count of 0; see `sharded_cross_entropy`."""
+    return _GlobalMean.apply(local_sum, local_count, group, divisor)
 
 
 class _GlobalMean(torch.autograd.Function):

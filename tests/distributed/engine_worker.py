@@ -2,6 +2,7 @@
 """What the ranks of test_engine_*.py run: a case through DeepSpeed with sequences split, and the same on one rank."""
 
 import copy
+import traceback
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,7 @@ class Case:
     clipping: float = 0.0
     steps: int = 1
     zero: dict = field(default_factory=dict)
+    features: dict = field(default_factory=dict)
 
     @property
     def id(self):
@@ -36,7 +38,7 @@ class Case:
         return "-".join([*parts, *([self.variant] if self.variant else [])])
 
     def ds_config(self, dp_size):
-        features = {"sequence_parallel": {"size": self.size, "mode": self.mode}}
+        features = {"sequence_parallel": {"size": self.size, "mode": self.mode}, **self.features}
         if self.sharded_table:
             features["position_embedding"] = {"kind": "learned", "sharded": True}
         return {
@@ -63,6 +65,9 @@ class Case:
                 start = torch.arange(self.seq_len)
                 batch["position_ids"] = torch.where(start < 6, start, start - 6).expand(rows, -1)
                 batch["use_cache"] = self.variant == "positions"  # with a cache transformers sees no documents
+                if self.model.startswith("genslm"):
+                    del batch["use_cache"]
+                    batch["document_ids"] = (start >= 6).long().expand(rows, -1)
             elif self.variant == "custom-mask":
                 generator = torch.Generator().manual_seed(seed)
                 keep = torch.rand(rows, 1, self.seq_len, self.seq_len, generator=generator) < 0.5
@@ -185,7 +190,8 @@ def run_case(case, mutate=None):
     for name, parameter in engine.module.named_parameters():
         record("step", relative_error(full(parameter), after[name]), name)
     if case.sharded_table:
-        table, name = engine.ds4sci_table_optimizer.table, "transformer.wpe.weight"
+        table = engine.ds4sci_table_optimizer.table
+        name = "transformer.wpe.weight" if case.model == "gpt2" else "position_embedding.weight"
         record("step", relative_error(gathered_table(table, table.weight.detach()), after[name]), name)
         if not case.clipping:
             record("gradient", relative_error(table_gradients[-1], gradients[name]), name)
@@ -193,10 +199,16 @@ def run_case(case, mutate=None):
 
 
 def run_cases(cases):
-    """Runs every case on this rank and returns {case id: errors}."""
+    """Runs every case on this rank and returns {case id: errors, or the traceback of a case that failed}."""
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
     deepspeed.init_distributed("gloo")
-    return {case.id: run_case(case) for case in cases}
+    results = {}
+    for case in cases:
+        try:
+            results[case.id] = run_case(case)
+        except Exception:  # a failure on all ranks alike; one on some ranks ends the launch at the next collective
+            results[case.id] = traceback.format_exc()
+    return results

@@ -36,6 +36,24 @@ TWO_RANKS = [
     Case("gpt2", mode="ring", variant="custom-mask"),
     Case("llama", mode="ulysses", variant="custom-mask"),
     Case("gpt2", variant="ignored-shard"),
+    *(Case("genslm-learned", sharded_table=True, stage=stage, accumulation=2 - stage % 2) for stage in range(4)),
+    Case("genslm-learned", sharded_table=True, mode="ring", stage=2, seq_len=13, variant="odd-length"),
+    Case("genslm-rotary", mode="ring", stage=1, accumulation=2),
+    Case("genslm-rotary", mode="ulysses", stage=3, variant="padding"),
+    Case("genslm-alibi", mode="ulysses", stage=0, variant="documents"),
+    Case("genslm-alibi", mode="ring", stage=2, seq_len=13, variant="odd-length"),
+    Case("genslm-alibi", mode="ring", stage=3, variant="custom-mask"),
+    Case("genslm-encoder", mode="ulysses", stage=1, seq_len=13, variant="odd-length"),
+    Case("genslm-rotary", stage=3, variant="tiled", features={"tiling": {"mlp": 3, "loss": 5}}),
+    Case("genslm-rotary", stage=2, variant="recomputed", features={"activation_checkpointing": {"kind": "selective"}}),
+    Case("llama", stage=3, variant="recomputed", features={"activation_checkpointing": {"kind": "full"}}),
+    Case(
+        "gpt_neox",
+        mode="ring",
+        variant="recomputed",
+        features={"activation_checkpointing": {"kind": "full", "every_n_layers": 2}},
+    ),
+    Case("esm", stage=1, variant="recomputed", features={"activation_checkpointing": {"kind": "selective"}}),
     Case("gpt2", sharded_table=True, stage=0, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=2, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=3, **FIVE_CLIPPED_STEPS),
@@ -67,6 +85,7 @@ def four_ranks():
 def check(case, results):
     limits = {"loss": LIMIT, "gradient": LIMIT, "step": LIMIT_OF_FIVE_ADAMW_STEPS if case.steps > 1 else LIMIT}
     for rank, errors in enumerate(results):
+        assert isinstance(errors[case.id], dict), f"rank {rank}: {errors[case.id]}"
         for kind, (error, where) in errors[case.id].items():
             assert error <= limits[kind], f"{kind} on rank {rank}: {error:.2e} of the largest value in {where}"
 

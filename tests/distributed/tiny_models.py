@@ -88,7 +88,35 @@ def _esm():
     )
 
 
-BUILDERS = {"gpt_neox": _gpt_neox, "gpt2": _gpt2, "llama": _llama, "esm": _esm}
+def _genslm(position_embedding, **settings):
+    from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
+
+    return GenSLM(
+        GenSLMConfig(
+            hidden_size=HIDDEN,
+            num_layers=LAYERS,
+            num_heads=HEADS,
+            intermediate_size=32,
+            max_positions=POSITIONS,
+            vocab_size=VOCAB,
+            position_embedding=position_embedding,
+            init_std=0.1,
+            rotary_fraction=0.5,
+            **settings,
+        )
+    )
+
+
+BUILDERS = {
+    "genslm-learned": lambda: _genslm("learned"),
+    "genslm-rotary": lambda: _genslm("rotary"),
+    "genslm-alibi": lambda: _genslm("alibi"),
+    "genslm-encoder": lambda: _genslm("rotary", causal=False),
+    "gpt_neox": _gpt_neox,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "esm": _esm,
+}
 
 
 def build(name):

@@ -97,8 +97,11 @@ def with_parallel(**others):
         ),
         (block(attention={"sliding_window": 4}), NotImplementedError, "attention without sequence_parallel"),
         (block(attention_mask={"kind": "custom"}), NotImplementedError, "attention_mask.kind = custom"),
-        (block(activation_checkpointing={"kind": "full"}), NotImplementedError, "activation_checkpointing"),
-        (block(tiling={"mlp": 8}), NotImplementedError, "tiling"),
+        (
+            block(activation_checkpointing={"kind": "full", "cpu_offload": True}),
+            NotImplementedError,
+            r"activation_checkpointing\.cpu_offload",
+        ),
         (with_parallel(sequence_parallel_size=2), ValueError, "sequence_parallel_size and ds4sci"),
         (with_parallel(tensor_parallel={"autotp_size": 2}), NotImplementedError, "tensor_parallel.autotp_size"),
         (with_parallel(gradient_allreduce_op="sum"), NotImplementedError, "gradient_allreduce_op = sum"),
@@ -209,7 +212,7 @@ def test_check_explains_in_plain_words(tmp_path, capsys):
         ("[1]", "must hold one JSON object, got list"),
         ('{"ds4sci": {}, "ds4sci": {}}', "gives the key 'ds4sci' twice"),
         ('{"ds4sci": {"tiling": {"mpl": 1}}}', "ds4sci.tiling.mpl: unknown key"),
-        ('{"ds4sci": {"tiling": {"mlp": 1}}}', "ds4sci.tiling is not supported"),
+        ('{"ds4sci": {"attention_mask": {"kind": "causal"}}}', "attention_mask.kind = causal is not supported"),
         ('{"ds4sc": {}}', "misspelt 'ds4sci'"),
     ],
 )
