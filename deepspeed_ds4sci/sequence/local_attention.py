@@ -14,6 +14,7 @@ dropout and "tiled" for the rest.
 """
 
 import importlib
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -149,8 +150,15 @@ def _flex(q, k, v, rules, _):
     def score(value, b, h, query, key):
         return value - rules.slopes[h] * (query - key).abs()
 
-    block_mask = create_block_mask(keep, batch, heads, seq_len, seq_len, device=q.device)
-    attend = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+    given = [x.shape[0] for x in (rules.documents, rules.mask) if x is not None]
+    by_batch = rules.mask_rule is not None or max(given, default=1) > 1
+    by_head = rules.mask_rule is not None or (rules.mask is not None and rules.mask.shape[1] > 1)
+    # Uncompiled, both would form [S, S] tensors.
+    make_block_mask = _compiled(create_block_mask) if q.is_cuda else create_block_mask
+    attend = _compiled(flex_attention) if q.is_cuda else flex_attention
+    block_mask = make_block_mask(
+        keep, batch if by_batch else None, heads if by_head else None, seq_len, seq_len, device=q.device
+    )
     output = attend(
         *(x.transpose(1, 2) for x in (q, k, v)),
         score_mod=None if rules.slopes is None else score,
@@ -159,6 +167,11 @@ def _flex(q, k, v, rules, _):
         enable_gqa=k.shape[2] != heads,
     )
     return output.transpose(1, 2)
+
+
+@cache
+def _compiled(function):
+    return torch.compile(function)
 
 
 def _flash_attn():

@@ -57,11 +57,13 @@ def measure(device: torch.device, lengths: Sequence[int] = LENGTHS, reserve_byte
     """Builds causal masks of each length on a GPU and in CPU memory; stops after the first that fits in neither.
 
     Raises:
-        NotImplementedError: the device is not a CUDA GPU.
+        NotImplementedError: the device is not a CUDA GPU, or torch sees none.
     """
     device = torch.device(device)
     if device.type != "cuda":
         raise NotImplementedError(f"the threshold is a property of a CUDA GPU, got device {device}")
+    if not torch.cuda.is_available():
+        raise NotImplementedError("the threshold is a property of a CUDA GPU, and torch sees none here")
     ballast = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
     measurements = []
     for seq_len in lengths:

@@ -60,7 +60,8 @@ def rotary_frequencies(dim: int, base: float = 10000.0, scaling: RotaryScaling |
         raise ValueError(f"the rotated part of a head must be even and at least 2, got {dim}")
     if scaling is not None and scaling.kind == "ntk":
         base *= scaling.factor ** (dim / (dim - 2)) if dim > 2 else scaling.factor
-    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    # The device is named: under `torch.device("meta")` there would be no numbers.
+    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     if scaling is None or scaling.kind == "ntk":
         return frequencies, 1.0
     if scaling.kind == "linear":
@@ -72,7 +73,7 @@ def rotary_frequencies(dim: int, base: float = 10000.0, scaling: RotaryScaling |
 
     low = max(math.floor(pair_with_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with_turns(scaling.beta_slow)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 1e-3)).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / scaling.factor * ramp, 0.1 * math.log(scaling.factor) + 1
 
 
@@ -93,7 +94,9 @@ class RotaryEmbedding(torch.nn.Module):
 
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin for position_ids of any shape: [*shape, R / 2] in `dtype`, formed in fp64."""
-        angles = position_ids[..., None].double() * self.frequencies.to(position_ids.device)
+        if self.frequencies.device != position_ids.device:
+            self.frequencies = self.frequencies.to(position_ids.device)
+        angles = position_ids[..., None].double() * self.frequencies
         return tuple((f(angles) * self.attention_factor).to(dtype) for f in (torch.cos, torch.sin))
 
     def extra_repr(self) -> str:

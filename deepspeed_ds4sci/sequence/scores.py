@@ -9,6 +9,7 @@ Axes: B batch, H query heads held here, Q queries, K keys, S tokens of the whole
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -17,6 +18,9 @@ MaskRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], to
 are global. The form that `torch.nn.attention.flex_attention` calls `mask_mod`."""
 
 Range = tuple[int, int]  # global positions [start, stop)
+
+DOCUMENT_BLOCK = 128
+"""Tokens for which document ids are summed up as a lowest and a highest one, to skip tiles without common ids."""
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, odd, as int64
 
@@ -57,10 +61,28 @@ class ScoreRules:
         return all(rule is None for rule in (self.slopes, self.documents, self.mask, self.mask_rule))
 
     def nothing_kept(self, queries: Range, keys: Range) -> bool:
-        """True if window or causality leave no key of `keys` to any query of `queries`."""
+        """True if it is cheap to see that window, causality or documents leave no key of `keys` to any query."""
         after = self.right is not None and keys[0] - (queries[1] - 1) > self.right
         before = self.left is not None and queries[0] - (keys[1] - 1) > self.left
-        return after or before
+        return after or before or (self.documents is not None and self._documents_apart(queries, keys))
+
+    def _documents_apart(self, queries: Range, keys: Range) -> bool:
+        """True if in every sample the ids around the queries are all below, or all above, those around the keys."""
+        for lowest, highest in self._document_bounds:
+            (q_low, q_high), (k_low, k_high) = (
+                (min(lowest[blocks]), max(highest[blocks])) for blocks in map(_blocks, (queries, keys))
+            )
+            if q_low <= k_high and k_low <= q_high:
+                return False
+        return True
+
+    @cached_property
+    def _document_bounds(self) -> list[tuple[list[int], list[int]]]:
+        """For each sample the lowest and the highest id of each block of tokens, on the host: one transfer a call."""
+        short = -self.documents.shape[1] % DOCUMENT_BLOCK
+        ids = torch.cat([self.documents, self.documents[:, -1:].expand(-1, short)], 1)
+        bounds = torch.stack(ids.unflatten(1, (-1, DOCUMENT_BLOCK)).aminmax(dim=-1))  # [2, B, blocks]
+        return list(zip(*bounds.tolist(), strict=True))
 
     def everything_kept(self, queries: Range, keys: Range) -> bool:
         """True if window and causality leave every key of `keys` to every query of `queries`."""
@@ -192,6 +214,10 @@ def window_limits(causal: bool, window: int | tuple[int, int] | None) -> tuple[i
 def _columns_and_rows(queries: Range, keys: Range, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions of the queries [Q, 1] and of the keys [1, K]."""
     return torch.arange(*queries, device=device)[:, None], torch.arange(*keys, device=device)[None, :]
+
+
+def _blocks(tokens: Range) -> slice:
+    return slice(tokens[0] // DOCUMENT_BLOCK, -(-tokens[1] // DOCUMENT_BLOCK))
 
 
 def _within(offset: torch.Tensor, left: int | None, right: int | None) -> torch.Tensor:

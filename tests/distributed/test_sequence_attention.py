@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepspeed_ds4sci.sequence import blocks, ring
+from deepspeed_ds4sci.sequence import blocks, ring, scores
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
 from deepspeed_ds4sci.sequence.layout import Layout
 from deepspeed_ds4sci.sequence.scores import ScoreRules
@@ -65,7 +65,7 @@ def errors(attention, qkv, do, expected, how=0, **arguments):
 
 def compare_everything():
     """{(mode, implementation, case, heads): {tensor: error}} on this rank."""
-    blocks.TILE = 10  # several tiles with a remainder
+    blocks.TILE, scores.DOCUMENT_BLOCK = 10, 4  # several tiles with a remainder
     found = {}
     modes = [SequenceParallelAttention(dist.group.WORLD, mode) for mode in MODES[dist.get_world_size()]]
     for case in CASES:
@@ -96,6 +96,25 @@ def compare_dropout():
         torch.manual_seed(21 + dist.get_rank())
         attention = SequenceParallelAttention(dist.group.WORLD, mode)
         found[str(mode)] = errors(attention, qkv, do, expected, causal=True, dropout_p=0.3)
+    return found
+
+
+def compare_two_groups():
+    """Two groups of two ranks, with data of their own: a rank in the group is not its global rank."""
+    if dist.get_world_size() != 4:
+        return {}
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = dist.get_rank() // 2
+    *qkv, do = make_qkv(BATCH, SEQ_LEN, *GROUPED, HEAD_DIM, seed=mine)
+    expected = one_rank(qkv, do, causal=True)
+    torch.manual_seed(mine)
+    dropped = one_rank(qkv, do, causal=True, dropout_p=0.2)
+    found = {}
+    for mode in ("ulysses", "ring"):
+        attention = SequenceParallelAttention(groups[mine], mode)
+        found[mode] = errors(attention, qkv, do, expected, causal=True)
+        torch.manual_seed(mine)
+        found[mode, "dropout"] = errors(attention, qkv, do, dropped, causal=True, dropout_p=0.2)
     return found
 
 
@@ -198,6 +217,7 @@ def checks():
     return dict(
         everything=compare_everything(),
         dropout=compare_dropout(),
+        groups=compare_two_groups(),
         held=count_held_blocks(),
         bf16=other_dtypes(),
         refusals=refusals(),
@@ -210,7 +230,7 @@ def checks():
 def test_every_mode_equals_one_rank(world_size):
     for rank, result in enumerate(results(world_size)):
         result = result["attention"]
-        for part in ("everything", "dropout"):
+        for part in ("everything", "dropout", "groups"):
             for key, tensors in result[part].items():
                 for name, error in tensors.items():
                     assert error <= LIMIT, f"rank {rank}, {key}, {name}: {error:.2e}"  # NaN fails too

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from deepspeed_ds4sci.models import GenSLM, GenSLMConfig, shift_labels
 from deepspeed_ds4sci.sequence.position_table import ShardedPositionEmbedding
+from deepspeed_ds4sci.sequence.rotary import RotaryScaling
 
 TINY = dict(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=40, max_positions=64)
 KINDS = {
@@ -136,6 +137,17 @@ def test_initial_weights_repeat_with_the_seed_and_do_not_depend_on_meta():
             scale = 0.02 / 2 if "attention_output" in name or "mlp.2" in name else 0.02
             assert abs(parameter.std() / scale - 1) < 0.2, name
     assert not any(parameter.isnan().any() for parameter in other.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_from_the_meta_device_works(kind):
+    scaling = dict(rotary_scaling=RotaryScaling("yarn", 2.0, 64)) if kind == "rotary" else {}
+    model = make_model(kind, **scaling).eval()
+    with torch.device("meta"):
+        other = GenSLM(model.config)
+    other.to_empty(device="cpu").initialize_weights()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(tokens()).logits, model(tokens()).logits)
 
 
 def test_a_sharded_table_can_take_the_tables_place():

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from deepspeed_ds4sci.sequence import blocks, local_attention
+from deepspeed_ds4sci.sequence import blocks, local_attention, scores
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
 from tests.unit.sequence.cases import CASES, block_rule, case_arguments, make_qkv
 from tests.unit.sequence.naive_attention import naive_attention
@@ -32,6 +32,7 @@ def assert_close(actual, expected, limit):
 def small_tiles(monkeypatch):
     """Several tiles with a remainder even at test sizes."""
     monkeypatch.setattr(blocks, "TILE", 4)
+    monkeypatch.setattr(scores, "DOCUMENT_BLOCK", 3)
 
 
 @functools.cache
@@ -123,6 +124,30 @@ def test_bf16_is_as_good_as_eager():
     actual = run(SequenceParallelAttention(implementation="tiled"), qkv, do, **arguments)
     assert actual[0].dtype == torch.bfloat16
     assert_close(actual, exact, 1e-2)
+
+
+def test_tiles_that_hold_nothing_are_skipped(monkeypatch):
+    """Work follows the documents and the window in place of the square of the length."""
+    monkeypatch.setattr(blocks, "TILE", 64)
+    monkeypatch.setattr(scores, "DOCUMENT_BLOCK", 16)
+    computed = []
+    tile_forward = blocks._tile_forward
+    monkeypatch.setattr(blocks, "_tile_forward", lambda *a: computed.append(a[4:6]) or tile_forward(*a))
+    *qkv, _ = make_qkv(2, 512, 1, 1, 4)
+    attention = SequenceParallelAttention(implementation="tiled")
+    documents = torch.arange(512).div(128, rounding_mode="floor").repeat(2, 1)
+
+    def tiles(**arguments):
+        computed.clear()
+        attention(*qkv, **arguments)
+        return len(computed)
+
+    assert tiles(causal=False) == 64 and tiles(causal=True) == 36
+    assert tiles(causal=False, document_ids=documents) == 4 * 4
+    assert tiles(causal=True, document_ids=documents) == 4 * 3
+    assert tiles(causal=True, window=64) == 8 + 7
+    documents[1] = 0  # the other sample is one document
+    assert tiles(causal=False, document_ids=documents) == 64
 
 
 def test_autocast_does_not_reach_inside():

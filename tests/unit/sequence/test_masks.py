@@ -213,3 +213,12 @@ def test_the_command_refuses_bad_files(text, message, tmp_path, capsys):
 def test_measuring_needs_a_gpu():
     with pytest.raises(NotImplementedError, match="a property of a CUDA GPU, got device cpu"):
         measure("cpu")
+
+
+def test_the_command_says_that_there_is_no_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = tmp_path / "ds_config.json"
+    config.write_text("{}")
+    assert main([str(config)]) == 2
+    assert "a CUDA GPU, and torch sees none here" in capsys.readouterr().err
+    assert config.read_text() == "{}"
