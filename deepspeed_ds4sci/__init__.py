@@ -14,6 +14,7 @@ _PUBLIC = {
     "__version__": "deepspeed_ds4sci._version",
     "evoformer_attention": "deepspeed_ds4sci.ops.evoformer_attention",
     "DS4Sci_EvoformerAttention": "deepspeed_ds4sci.compat",
+    "initialize": "deepspeed_ds4sci._initialize",
     "enable": "deepspeed_ds4sci.plugin",
     "disable": "deepspeed_ds4sci.plugin",
 }

@@ -280,6 +280,33 @@ def _hook_own_builder(module):
             _run_hook(name, sys.modules[name])
 
 
+def _hook_config(module):
+    """The `ds4sci` block is read with DeepSpeed's own keys, before batch sizes are computed."""
+    original = module.DeepSpeedConfig._initialize_params
+
+    @functools.wraps(original)
+    def _initialize_params(self, param_dict):
+        from deepspeed_ds4sci.hooks.engine import read_config
+
+        original(self, param_dict)
+        read_config(self, param_dict)
+
+    _replace(module.DeepSpeedConfig, "_initialize_params", _initialize_params)
+
+
+def _hook_engine(module):
+    """The block's features are applied around DeepSpeedEngine.__init__, which PipelineEngine and others inherit."""
+    original = module.DeepSpeedEngine.__init__
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        from deepspeed_ds4sci.hooks.engine import wrap_init
+
+        wrap_init(original)(self, *args, **kwargs)
+
+    _replace(module.DeepSpeedEngine, "__init__", __init__)
+
+
 HOOKS = {
     "deepspeed.accelerator.cpu_accelerator": _hook_accelerator,
     "deepspeed.accelerator.cuda_accelerator": _hook_accelerator,
@@ -290,7 +317,8 @@ HOOKS = {
     "deepspeed.ops.deepspeed4science": _hook_deepspeed4science,
     "deepspeed.git_version_info": _hook_git_version_info,
     _BUILDER_MODULE: _hook_own_builder,
-    # Hooks on deepspeed.runtime.config and deepspeed.runtime.engine, for a `ds4sci` block in the JSON, belong here.
+    "deepspeed.runtime.config": _hook_config,
+    "deepspeed.runtime.engine": _hook_engine,
 }
 
 

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work, refused at start with the reason: settings of the block that this version does not have, and
+settings of DeepSpeed's own that do not go with sequence parallelism."""
+
+from deepspeed_ds4sci.config.schema import DS4SciConfig
+
+
+def check_combinations(config: DS4SciConfig, ds_config: dict) -> None:
+    """Refuses what this version cannot do.
+
+    Args:
+        config: the typed block.
+        ds_config: the whole DeepSpeed config that the block was in.
+
+    Raises:
+        NotImplementedError: a setting of the block that is not there yet; the message names the key.
+        ValueError: settings that contradict each other.
+    """
+    for key, wanted, reason in _not_there_yet(config):
+        if wanted:
+            raise NotImplementedError(f"ds4sci.{key} is not supported: {reason}")
+    if config.position_embedding.sharded and not config.sequence_parallel.enabled():
+        raise ValueError(
+            "ds4sci.position_embedding.sharded needs ds4sci.sequence_parallel.size of at least 2: with one GPU per "
+            "sequence there is nobody to share the table with"
+        )
+    if config.sequence_parallel.enabled():
+        _check_sequence_parallel(config, ds_config)
+
+
+def _not_there_yet(config):
+    """(dotted key, whether it is asked for, reason) of everything the schema knows and this version lacks."""
+    parallel, position, attention = config.sequence_parallel, config.position_embedding, config.attention
+    in_model = "choose it where the model is built (the configuration of the model)"
+    return (
+        (
+            "sequence_parallel.mode = megatron",
+            parallel.mode == "megatron",
+            "splitting activations between tensor-parallel blocks needs tensor parallelism, which does not go with "
+            'this block; use "ulysses" or "ring"',
+        ),
+        (f"position_embedding.kind = {position.kind}", position.kind in ("rotary", "alibi"), in_model),
+        ("position_embedding.scaling", position.scaling.enabled(), in_model),
+        (
+            "position_embedding.kind = learned without sharded",
+            position.kind == "learned" and not position.sharded,
+            'it changes nothing; leave the kind at "model"',
+        ),
+        (
+            "sequence_parallel.loss_average = step",
+            parallel.loss_average == "step",
+            "the micro-batches of a step count equally, as in DeepSpeed",
+        ),
+        (
+            "attention without sequence_parallel",
+            attention.enabled() and not parallel.enabled(),
+            "it takes effect only with ds4sci.sequence_parallel.size of at least 2",
+        ),
+        (
+            f"attention_mask.kind = {config.attention_mask.kind}",
+            config.attention_mask.enabled(),
+            "masks are passed in the batch (attention_mask, document ids by position_ids that start again)",
+        ),
+        (
+            "activation_checkpointing.cpu_offload",
+            config.activation_checkpointing.cpu_offload,
+            "what checkpointed layers start from stays on the device",
+        ),
+    )
+
+
+def _check_sequence_parallel(config, ds_config):
+    size = config.sequence_parallel.size
+    for key in ("sequence_parallel_size", "data_parallel_size"):
+        if key in ds_config:
+            raise ValueError(
+                f"{key} and ds4sci.sequence_parallel.size both split sequences; leave DeepSpeed's key out: alone it "
+                "does not reduce gradients over the GPUs that share a sequence"
+            )
+    for key, wanted, reason in _against_sequence_parallel(config, ds_config):
+        if wanted:
+            raise NotImplementedError(f"{key} does not go with ds4sci.sequence_parallel.size = {size}: {reason}")
+
+
+def _against_sequence_parallel(config, ds_config):
+    zero = ds_config.get("zero_optimization", {})
+    efficiency = ds_config.get("data_efficiency", {})
+    routing = efficiency.get("data_routing", {}).get("random_ltd", {})
+    one_meaning = "the gradient scale is chosen for DeepSpeed's mean over data-parallel ranks"
+    rows = (
+        (
+            "tensor_parallel.autotp_size",
+            ds_config.get("tensor_parallel", {}).get("autotp_size", 0) > 1,
+            "the ranks of a sequence group hold the same weights",
+        ),
+        ("gradient_allreduce_op = sum", ds_config.get("gradient_allreduce_op") == "sum", one_meaning),
+        (
+            "zero_optimization.zero_hpz_partition_size",
+            zero.get("zero_hpz_partition_size", 1) > 1,
+            "its second partition group is built without regard to sequence groups",
+        ),
+        (
+            "zero_optimization.zero_quantized_gradients",
+            bool(zero.get("zero_quantized_gradients", False)),
+            "its gradient reduction does not scale by the data-parallel size",
+        ),
+        (
+            "hybrid_engine",
+            ds_config.get("hybrid_engine", {}).get("enabled", False),
+            "generation is not sharded",
+        ),
+        ("elasticity", ds_config.get("elasticity", {}).get("enabled", False), "it computes batch sizes from all GPUs"),
+        (
+            "compile.deepcompile",
+            ds_config.get("compile", {}).get("deepcompile", False),
+            "it bypasses hooks",
+        ),
+        (
+            "data_efficiency.data_routing.random_ltd",
+            routing.get("enabled", False),
+            "dropping tokens changes who holds which position",
+        ),
+        ("expert_parallel", ds_config.get("expert_parallel", {}).get("enabled", False), "its groups overlap ours"),
+        ("sparse_gradients", ds_config.get("sparse_gradients", False), "sparse reduction has no test here"),
+        (
+            "zero_optimization.reduce_scatter = false at stage 3",
+            zero.get("stage", 0) == 3 and zero.get("reduce_scatter", True) is False,
+            "DeepSpeed then scales the gradients of large and small parameters differently",
+        ),
+        ("gradient_predivide_factor", ds_config.get("gradient_predivide_factor", 1.0) != 1.0, one_meaning),
+        (
+            "managed_gradient_accumulation = false",
+            ds_config.get("managed_gradient_accumulation", True) is False,
+            "the hooks follow DeepSpeed's own accumulation boundary",
+        ),
+    )
+    if config.position_embedding.sharded:
+        rows += (
+            (
+                "fp16",
+                ds_config.get("fp16", {}).get("enabled", False) in (True, "auto"),
+                "the sharded position table has no loss scaling; use bf16",
+            ),
+            (
+                "zero_optimization.compute_grad_norm = false",
+                zero.get("compute_grad_norm", True) is False,
+                "the table is part of the norm",
+            ),
+        )
+    return rows

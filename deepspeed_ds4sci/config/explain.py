@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `ds4sci` block in plain words."""
+
+from pydantic import BaseModel
+
+from deepspeed_ds4sci.config.schema import DS4SciConfig
+from deepspeed_ds4sci.sequence.layout import length_multiple
+
+
+def explain(config: DS4SciConfig, ds_config: dict) -> list[str]:
+    """One sentence per decision, then every setting that differs from its default with its meaning."""
+    sentences = [*_sequence_parallel(config, ds_config), *_positions(config)]
+    if not sentences:
+        sentences = ["Every feature is at its default: DeepSpeed runs as it is."]
+    return [f"- {sentence}" for sentence in sentences] + list(_settings(config, "ds4sci"))
+
+
+def _sequence_parallel(config, ds_config):
+    parallel = config.sequence_parallel
+    if not parallel.enabled():
+        return
+    how = {"ulysses": "an all-to-all over heads", "ring": "key and value blocks that travel in a ring"}
+    mode = parallel.layout_mode()
+    words = how[mode] if isinstance(mode, str) else f"an all-to-all of {mode['ulysses']} in a ring of {mode['ring']}"
+    yield f"Each sequence is split over {parallel.size} GPUs; attention crosses them by {words}."
+    yield (
+        f"The number of GPUs must be a multiple of {parallel.size}; batch sizes count sequences, so the data-parallel "
+        f"size is the number of GPUs divided by {parallel.size}."
+    )
+    multiple = length_multiple(parallel.size, mode)
+    if parallel.padding == "pad":
+        yield f"A length that is no multiple of {multiple} tokens is filled up with masked tokens."
+    else:
+        yield f"A length that is no multiple of {multiple} tokens is an error."
+    if parallel.loss_average == "step":
+        yield "The loss is the mean over all valid tokens of an optimizer step."
+    else:
+        yield "The loss is the mean over the valid tokens of a micro-batch on all GPUs."
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    yield f"ZeRO stage {stage} partitions over all GPUs, those that share a sequence included."
+
+
+def _positions(config):
+    if config.position_embedding.sharded:
+        yield (
+            f"Each of the {config.sequence_parallel.size} GPUs of a sequence holds its part of the learned position "
+            "table, of its gradient and of its optimizer state."
+        )
+
+
+def _settings(block, path):
+    for name, field in type(block).model_fields.items():
+        value = getattr(block, name)
+        if isinstance(field.default, BaseModel):
+            yield from _settings(value, f"{path}.{name}")
+        elif value != field.default:
+            meaning = " ".join((field.description or "").split())
+            shown = value.model_dump() if hasattr(value, "model_dump") else value
+            yield f"  {path}.{name} = {shown!r} (default {field.default!r}): {meaning}"

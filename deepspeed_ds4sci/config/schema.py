@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `ds4sci` block of a DeepSpeed config: one typed model per feature, every field with its unit and default."""
+
+from typing import Any, Literal
+
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from pydantic import ConfigDict, Field, model_validator
+
+from deepspeed_ds4sci.sequence.layout import split_mode
+
+
+class _Block(DeepSpeedConfigModel):
+    """Base of the blocks: unknown keys are refused, and so is "auto", which DeepSpeed's base class would drop."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    def __init__(self, **data):
+        super().__init__(strict=True, **data)
+
+    def enabled(self) -> bool:
+        """Whether the block asks for anything."""
+        raise NotImplementedError
+
+
+class UlyssesRingGrid(_Block):
+    """A grid of all-to-all and ring ranks that share one sequence."""
+
+    ulysses: int = Field(ge=1)
+    """GPUs that exchange heads for tokens; the number of heads limits it."""
+
+    ring: int = Field(ge=1)
+    """GPUs around which key and value blocks travel."""
+
+
+class SequenceParallelConfig(_Block):
+    """Split each sequence over several GPUs."""
+
+    size: int = Field(1, ge=1)
+    """GPUs that share one sequence. 1 turns the feature off. Must divide the number of GPUs."""
+
+    mode: Literal["ulysses", "ring", "megatron"] | UlyssesRingGrid = "ulysses"
+    """How attention crosses GPUs. `ulysses`: all-to-all over heads. `ring`: key and value blocks travel around the
+    GPUs. `{"ulysses": a, "ring": b}`: both, a * b = size. `megatron` is refused."""
+
+    padding: Literal["pad", "refuse"] = "pad"
+    """What happens to a batch whose length is no multiple of the GPUs. `pad`: filled up on the right with tokens that
+    are masked in attention and do not count in the loss. `refuse`: an error."""
+
+    loss_average: Literal["micro_batch", "step"] = "micro_batch"
+    """Tokens over which the loss is averaged. `micro_batch`: the valid tokens of one micro-batch on all GPUs; the
+    micro-batches of a step count equally, as in DeepSpeed. `step`: all valid tokens of the step count equally."""
+
+    def enabled(self) -> bool:
+        return self.size > 1
+
+    def layout_mode(self) -> str | dict[str, int]:
+        """The mode as `sequence.layout.Layout` takes it."""
+        return self.mode if isinstance(self.mode, str) else {"ulysses": self.mode.ulysses, "ring": self.mode.ring}
+
+    @model_validator(mode="after")
+    def _grid_fits(self):
+        if self.mode != "megatron":
+            split_mode(self.size, self.layout_mode())
+        return self
+
+
+class PositionScalingConfig(_Block):
+    """Rotary positions beyond the length trained on."""
+
+    kind: Literal["none", "linear", "ntk", "yarn"] = "none"
+    """The scaling of rotary angles."""
+
+    factor: float = Field(1.0, ge=1.0)
+    """Context length divided by the length the model was trained on."""
+
+    def enabled(self) -> bool:
+        return self.kind != "none"
+
+
+class PositionEmbeddingConfig(_Block):
+    """What tells the model where a token is."""
+
+    kind: Literal["model", "learned", "rotary", "alibi"] = "model"
+    """`model`: what the model was built with. `learned`: its learned table. `rotary`, `alibi`: in place of it."""
+
+    sharded: bool = False
+    """With `learned`: each GPU of a sequence group holds its part of the table, its gradient and optimizer state."""
+
+    scaling: PositionScalingConfig = PositionScalingConfig()
+
+    def enabled(self) -> bool:
+        return self.kind != "model" or self.sharded or self.scaling.enabled()
+
+    @model_validator(mode="after")
+    def _only_a_table_is_sharded(self):
+        if self.sharded and self.kind != "learned":
+            raise ValueError(f'sharded needs kind "learned", got {self.kind!r}')
+        return self
+
+
+class AttentionConfig(_Block):
+    """Which kernel computes attention."""
+
+    implementation: Literal["fastest", "flash", "cudnn", "efficient", "flex", "math", "tiled", "flash_attn"] = (
+        "fastest"
+    )
+    """`flash` (FlashAttention-2), `cudnn`, `efficient` and `math` are PyTorch's scaled-dot-product kernels, `flex` its
+    compiled one, `flash_attn` the package of that name, `tiled` our own in plain PyTorch. `fastest`: the fastest that
+    takes the inputs."""
+
+    sliding_window: int = Field(0, ge=0)
+    """Tokens that each token attends to, itself included. 0: no window."""
+
+    def enabled(self) -> bool:
+        return self.implementation != "fastest" or self.sliding_window > 0
+
+
+class AttentionMaskConfig(_Block):
+    """Explicit attention masks, built where they fit."""
+
+    kind: Literal["none", "causal", "document", "custom"] = "none"
+    """Which mask to build. `none`: the attention implementation masks by itself."""
+
+    cpu_threshold: int = Field(16384, ge=1)
+    """Sequence length in tokens above which the mask is built in CPU memory and moved once."""
+
+    def enabled(self) -> bool:
+        return self.kind != "none"
+
+
+class ActivationCheckpointingConfig(_Block):
+    """Recompute activations in the backward pass in place of keeping them."""
+
+    kind: Literal["none", "full", "selective"] = "none"
+    """`full`: whole layers. `selective`: attention only."""
+
+    every_n_layers: int = Field(1, ge=1)
+    """Checkpoint the first of every n layers."""
+
+    cpu_offload: bool = False
+    """Keep what the checkpointed layers start from in CPU memory."""
+
+    def enabled(self) -> bool:
+        return self.kind != "none"
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self):
+        if self.kind == "none" and (self.every_n_layers != 1 or self.cpu_offload):
+            raise ValueError('every_n_layers and cpu_offload have no effect with kind "none"')
+        return self
+
+
+class TilingConfig(_Block):
+    """Compute a layer in pieces of the sequence, which bounds its temporary memory."""
+
+    mlp: int = Field(0, ge=0)
+    """Tokens per piece in the feed-forward layers. 0: off."""
+
+    loss: int = Field(0, ge=0)
+    """Tokens per piece in the output layer and the cross entropy. 0: off."""
+
+    def enabled(self) -> bool:
+        return self.mlp > 0 or self.loss > 0
+
+
+class DS4SciConfig(_Block):
+    """The `ds4sci` block of a DeepSpeed config."""
+
+    sequence_parallel: SequenceParallelConfig = SequenceParallelConfig()
+    position_embedding: PositionEmbeddingConfig = PositionEmbeddingConfig()
+    attention: AttentionConfig = AttentionConfig()
+    attention_mask: AttentionMaskConfig = AttentionMaskConfig()
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    tiling: TilingConfig = TilingConfig()
+
+    def enabled(self) -> bool:
+        return any(block.enabled() for block in self.blocks().values())
+
+    def blocks(self) -> dict[str, Any]:
+        """The feature blocks by name, in the order of the hooks."""
+        return {name: getattr(self, name) for name in type(self).model_fields}

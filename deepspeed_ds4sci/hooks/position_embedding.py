@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hook of `ds4sci.position_embedding`: a learned table, of which each rank of a sequence group holds its rows."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from deepspeed_ds4sci.hooks.context import Change
+from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.table_checkpoint import TableCheckpoint
+from deepspeed_ds4sci.hooks.table_optimizer import TableOptimizer
+from deepspeed_ds4sci.sequence.position_table import ShardedPositionEmbedding
+
+
+class EngineTable(ShardedPositionEmbedding):
+    """A sharded table whose weight DeepSpeed does not see.
+
+    To DeepSpeed every parameter is a replica: it would overwrite all shards with rank 0's at start, add up gradients
+    of different rows, and save one shard. So the weight is no registered parameter; `TableOptimizer` reduces, clips
+    and updates it, and `TableCheckpoint` saves it. It is fp32, and the rows it returns have the dtype of the model.
+    """
+
+    output_dtype: torch.dtype = torch.float32
+
+    def hide(self):
+        weight = self._parameters.pop("weight")
+        object.__setattr__(self, "weight", weight)
+
+    def forward(self, position_ids):
+        return super().forward(position_ids).to(self.output_dtype)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Nothing: `TableCheckpoint` writes the rows beside DeepSpeed's files."""
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """A whole table, from a checkpoint of an unsharded model, is taken; its absence is no error."""
+        if prefix + "weight" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+@dataclass
+class _Replaced:
+    """A table, its name in the model, and the parameter group that its weight was in."""
+
+    name: str
+    table: EngineTable
+    group_index: int
+
+
+class PositionEmbeddingHook:
+    name = "position_embedding"
+
+    def before_engine(self, model, context):
+        name, embedding = _learned_table(model)
+        weight = embedding.weight
+        _broadcast_rows(weight.data, context.groups)
+        table = EngineTable.from_table(weight.data.float(), context.groups.sp_group)
+        table.hide()
+        table.output_dtype = context.model_dtype or weight.dtype
+        table.weight.requires_grad_(weight.requires_grad)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, table)
+        group_index = _take_out(weight, context)
+        context.extras[self.name] = _Replaced(name, table, group_index)
+        rows, dim = table.rows_per_rank, table.dim
+        return Change(
+            1,
+            f"{name} [{table.num_positions}, {dim}] is held as [{rows}, {dim}] on each of {table.size} ranks, its "
+            "gradient and optimizer state too",
+        )
+
+    def after_engine(self, engine, context):
+        replaced = context.extras[self.name]
+        replaced.table.weight.data = replaced.table.weight.data.to(engine.device)
+        optimizer = TableOptimizer(
+            engine, replaced.table, context.groups, context.sequence.divisor, replaced.group_index
+        )
+        engine.ds4sci_table_optimizer = optimizer
+        TableCheckpoint(engine, replaced.name, replaced.table, optimizer).install()
+
+
+def _learned_table(model) -> tuple[str, nn.Embedding]:
+    """The dotted name and module of a model's learned position table.
+
+    Raises:
+        NotImplementedError: it has none, or not one that can be taken apart.
+    """
+    family = family_of(model)
+    embedding = getattr(family.base(model), family.position_table, None) if family.position_table else None
+    if embedding is None:
+        raise NotImplementedError(
+            f"ds4sci.position_embedding.kind = learned needs a model with a learned position table; "
+            f"{type(model).__name__} has none"
+        )
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    if isinstance(embedding, ShardedPositionEmbedding):
+        raise NotImplementedError(f"{name} is sharded already; make a new model for a new engine")
+    if hasattr(embedding.weight, "ds_id"):
+        raise NotImplementedError(
+            f"{name} was built under deepspeed.zero.Init, which has partitioned it; build the model outside of it to "
+            "shard its position table"
+        )
+    return name, embedding
+
+
+def _broadcast_rows(weight, groups):
+    """Rank 0's values on all ranks, as DeepSpeed does for what it sees; no more than a shard at a time on a device."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator().current_device_name() if weight.device.type == "cpu" else weight.device
+    for rows in weight.chunk(groups.sp_size):
+        moved = rows.to(device).contiguous()
+        dist.broadcast(moved, 0)
+        rows.copy_(moved)
+
+
+def _take_out(weight, context) -> int:
+    """Takes a replaced parameter from what the script passed. Returns the index of its parameter group.
+
+    Raises:
+        NotImplementedError: it is alone in its group, whose settings DeepSpeed would then forget.
+    """
+    optimizer = context.client_optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if weight in optimizer.state:
+            raise NotImplementedError(
+                "the optimizer has taken steps before deepspeed.initialize; its state of the position table is lost"
+            )
+        return _take_from_groups(weight, optimizer.param_groups)
+    parameters = context.model_parameters
+    if parameters is None:
+        return 0  # DeepSpeed takes all parameters of the model, in one group
+    if parameters and isinstance(parameters[0], dict):
+        for group in parameters:
+            group["params"] = list(group["params"])
+        return _take_from_groups(weight, parameters)
+    context.model_parameters = [each for each in parameters if each is not weight]
+    return 0
+
+
+def _take_from_groups(weight, groups):
+    for index, group in enumerate(groups):
+        kept = [each for each in group["params"] if each is not weight]
+        if len(kept) == len(group["params"]):
+            continue
+        if not kept:
+            raise NotImplementedError(
+                "the position table is alone in a parameter group, whose settings would be lost; put it into a group "
+                "with other parameters"
+            )
+        group["params"] = kept
+        return index
+    raise NotImplementedError("the position table is in none of the optimizer's parameter groups; it must be trained")

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ranks of test_engine_behaviour.py run. Each function returns what its test looks at."""
+
+import copy
+import logging
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed import tiny_models
+from tests.distributed.engine_worker import Case, full, gradient, relative_error
+
+
+def message_of(function, *args, **kwargs):
+    """ "Type: message" of the error that a call raises, or "no error"."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def engine_of(name="gpt2", case=None, model=None, config=None, explicit=False, **kwargs):
+    import deepspeed
+
+    import deepspeed_ds4sci
+
+    case = case or Case(name)
+    model = tiny_models.build(name) if model is None else model
+    config = config or case.ds_config(dist.get_world_size() // case.size)
+    initialize = deepspeed_ds4sci.initialize if explicit else deepspeed.initialize
+    return initialize(model=model, model_parameters=model.parameters(), config=config, **kwargs)
+
+
+class _Lines(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        if record.getMessage().startswith("ds4sci."):
+            self.lines.append(record.getMessage())
+
+
+def one_path():
+    """Explicit and automatic initialize: what they logged, and the loss they give."""
+    results = {}
+    handler = _Lines()
+    logging.getLogger("deepspeed_ds4sci").addHandler(handler)
+    batch = tiny_models.batch("gpt2", 1, 16, 0)
+    for explicit in (False, True):
+        handler.lines.clear()
+        four = engine_of(case=Case("gpt2", sharded_table=True), explicit=explicit)
+        found = four[0].module._forward_pre_hooks.values()
+        hooks = sum("_shard_inputs" in repr(hook) for hook in found)
+        results[explicit] = (list(handler.lines), len(four), hooks, four[0](**batch).loss.item())
+    logging.getLogger("deepspeed_ds4sci").removeHandler(handler)
+    return results
+
+
+def batch_sizes():
+    """(train batch, micro batch, accumulation, data-parallel size) for train_batch_size 1 on all ranks."""
+    config = Case("gpt2").ds_config(1)
+    config["train_batch_size"] = 1
+    del config["train_micro_batch_size_per_gpu"]
+    engine, *_ = engine_of(config=config)
+    return (
+        engine.train_batch_size(),
+        engine.train_micro_batch_size_per_gpu(),
+        engine.gradient_accumulation_steps(),
+        engine.dp_world_size,
+    )
+
+
+def without_a_block():
+    """A config without the block, and one that asks for nothing: no hook is on the model."""
+    found = []
+    for features in (None, {}, {"sequence_parallel": {"size": 1}}):
+        config = Case("gpt2").ds_config(dist.get_world_size())
+        config.pop("ds4sci")
+        if features is not None:
+            config["ds4sci"] = features
+        engine, *_ = engine_of(config=config)
+        found.append((hasattr(engine, "ds4sci_sequence"), engine.module.config._attn_implementation))
+    return found
+
+
+def in_turn(stage):
+    """Ranks with batches of their own, against one rank that accumulates over them. Returns errors."""
+    size = dist.get_world_size()
+    model = tiny_models.build("llama")
+    reference = copy.deepcopy(model)
+    batches = [tiny_models.batch("llama", 1, 10 + 2 * rank, rank) for rank in range(size)]
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.5)
+    for batch in batches:
+        (reference(**batch).loss / size).backward()
+    optimizer.step()
+    engine, *_ = engine_of(case=Case("llama", accumulation=size, stage=stage, size=size), model=model)
+    engine.backward(engine(**batches[dist.get_rank()]).loss)
+    engine.step()
+    after = dict(reference.named_parameters())
+    worst = max(relative_error(full(p), after[name]) for name, p in engine.module.named_parameters())
+    engine.eval()
+    with torch.no_grad():
+        mine = batches[dist.get_rank()]
+        loss = engine(**mine).loss.item()
+        expected = reference.eval()(**mine).loss.item()
+    return worst, engine.global_steps, engine.micro_steps, abs(loss - expected)
+
+
+def own_loss(stage):
+    """A loss that the script computes from whole logits: largest gradient error, and the shape of the logits."""
+    model = tiny_models.build("gpt2")
+    reference = copy.deepcopy(model)
+    batch = tiny_models.batch("gpt2", 1, 13, 0, ignored=0)
+
+    def loss_of(run):
+        logits = run(input_ids=batch["input_ids"]).logits
+        return torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:]), logits.shape
+
+    expected, _ = loss_of(reference)
+    expected.backward()
+    engine, *_ = engine_of(case=Case("gpt2", stage=stage), model=model)
+    loss, shape = loss_of(engine)
+    engine.backward(loss)
+    after = dict(reference.named_parameters())
+    worst = max(relative_error(gradient(engine, p), after[n].grad) for n, p in engine.module.named_parameters())
+    return worst, tuple(shape)
+
+
+def evaluation():
+    """Differences of logits, hidden states and loss from one rank's, in evaluation and on a longer sequence."""
+    model = tiny_models.build("esm").eval()
+    reference = copy.deepcopy(model)
+    engine, *_ = engine_of(case=Case("esm", mode="ring"), model=model)
+    engine.eval()
+    batch = tiny_models.with_padding(tiny_models.batch("esm", 2, 29, 3), [29, 21])
+    tokens = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        ours, theirs = (run(**tokens, output_hidden_states=True) for run in (engine, reference))
+        losses = [run(**batch).loss.item() for run in (engine, reference)]
+    valid = batch["attention_mask"].bool()
+    return {
+        "logits": (ours.logits - theirs.logits)[valid].abs().max().item(),
+        "hidden": (ours.hidden_states[1] - theirs.hidden_states[1])[valid].abs().max().item(),
+        "loss": abs(losses[0] - losses[1]),
+        "shapes": ours.logits.shape == theirs.logits.shape,
+    }
+
+
+def refusals():
+    """Messages of what is refused once the engine is there, and of what it refuses to be made of."""
+    engine, *_ = engine_of()
+    batch = tiny_models.batch("gpt2", 1, 16, 0)
+    output = engine(**batch)
+    different = tiny_models.batch("gpt2", 1, 16, dist.get_rank())
+    tokens = different["input_ids"]
+    found = {
+        "logits of a batch with labels": message_of(lambda: output.logits.sum()),
+        "functions of those logits": message_of(lambda: torch.softmax(output.logits, -1)),
+        "return_dict": message_of(engine, **batch, return_dict=False),
+        "past_key_values": message_of(engine, **batch, past_key_values=object()),
+        "logits_to_keep": message_of(engine, **batch, logits_to_keep=1),
+        "no tokens": message_of(engine, labels=batch["labels"]),
+        "different batches past the engine": message_of(engine.module, **different),
+        "different batches without labels": message_of(engine, input_ids=tokens),
+        "mask of another length": message_of(engine, **batch, attention_mask=torch.ones(1, 15)),
+        "three axes": message_of(engine, **batch, attention_mask=torch.ones(1, 16, 16)),
+    }
+    engine.backward(engine(**batch).loss)  # after all of that it still works
+
+    case = Case("gpt2")
+    found["unknown model"] = message_of(engine_of, model=torch.nn.Linear(2, 2))
+    found["mpu"] = message_of(engine_of, mpu=object())
+    found["size"] = message_of(engine_of, config={**case.ds_config(1), "ds4sci": {"sequence_parallel": {"size": 3}}})
+    refuse = {"sequence_parallel": {"size": 2, "padding": "refuse"}}
+    strict, *_ = engine_of(config={**case.ds_config(1), "ds4sci": refuse})
+    found["length"] = message_of(strict, **tiny_models.batch("gpt2", 1, 15, 0))
+    found["table of a rotary model"] = message_of(engine_of, "llama", case=Case("llama", sharded_table=True))
+    found["tiling of another model"] = message_of(engine_of, case=Case("gpt2", features={"tiling": {"mlp": 4}}))
+    found["nothing changed"] = message_of(engine_of, model=_without_attention())
+    adagrad = Case("gpt2", sharded_table=True, optimizer={"type": "Adagrad", "params": {"lr": 0.1}})
+    found["table with another optimizer"] = message_of(engine_of, case=adagrad)
+    return found
+
+
+def _without_attention():
+    model = tiny_models.build("gpt2")
+    model.transformer.h = torch.nn.ModuleList()
+    return model
+
+
+def client_optimizer():
+    """The script's own optimizer, with two groups, holds the table that is replaced: errors after two steps."""
+    model = tiny_models.build("gpt2")
+    reference = copy.deepcopy(model)
+
+    def make(model):
+        slow = [model.transformer.wpe.weight, model.transformer.wte.weight]
+        rest = [p for p in model.parameters() if all(p is not each for each in slow)]
+        return torch.optim.SGD([{"params": rest}, {"params": slow, "lr": 0.05, "momentum": 0.9}], lr=0.5)
+
+    import deepspeed
+
+    case = Case("gpt2", sharded_table=True, stage=2)
+    config = case.ds_config(1)
+    del config["optimizer"]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make(model), config=config)
+    theirs = make(reference)
+    for step in range(2):
+        batch = tiny_models.batch("gpt2", 1, 16, step)
+        theirs.zero_grad()
+        reference(**batch).loss.backward()
+        theirs.step()
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    table = engine.ds4sci_table_optimizer.table
+    expected = reference.transformer.wpe.weight[table.start : table.stop]
+    return relative_error(table.weight.detach(), expected.detach())
+
+
+def dropout():
+    """Whether two ranks with one seed drop different activations, and whether the script's generator is untouched."""
+    from torch import nn
+
+    model = tiny_models.build("gpt2")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    kept = []
+    model.transformer.drop.register_forward_hook(lambda module, inputs, output: kept.append(output == 0))
+    features = {"activation_checkpointing": {"kind": "full"}}
+    engine, *_ = engine_of(case=Case("gpt2", features=features), model=model)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    loss = engine(**tiny_models.batch("gpt2", 1, 16, 0)).loss
+    untouched = torch.equal(before, torch.get_rng_state())
+    engine.backward(loss)
+    masks = [torch.empty_like(kept[0]) for _ in range(dist.get_world_size())]
+    dist.all_gather(masks, kept[0])
+    return untouched, torch.equal(masks[0], masks[1]), kept[0].float().mean().item()
+
+
+def engine_loader():
+    """The samples that this rank's engine-built loader yields, over an epoch."""
+
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return {"input_ids": torch.full((4,), index), "labels": torch.full((4,), index)}
+
+    case = Case("gpt2", size=2)
+    _, _, loader, _ = engine_of(case=case, training_data=Numbers())
+    loader.num_local_io_workers = 0
+    return [int(batch["input_ids"][0, 0]) for batch in loader]
+
+
+def run(names_and_arguments):
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    deepspeed.init_distributed("gloo")
+    return {(name, *arguments): globals()[name](*arguments) for name, *arguments in names_and_arguments}

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with sequences split over ranks is the training of one rank: loss, every gradient, and the step.
+
+One launch per world size runs all its rows. The rows are chosen so that every model meets every ZeRO stage, both
+modes and both accumulation settings; data parallelism, padding, masks and documents appear where they could go wrong.
+"""
+
+import pytest
+
+from tests.distributed.engine_worker import Case, run_cases
+from tests.helpers.distributed import run_distributed
+
+LIMIT = 2e-6  # of the tensor's largest value
+LIMIT_OF_FIVE_ADAMW_STEPS = 1e-5
+
+ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4, "torch_adam": True}}}
+FIVE_CLIPPED_STEPS = {**ADAMW, "clipping": 0.3, "steps": 5, "variant": "adamw-clipped"}
+
+GRID = {"ulysses": 2, "ring": 2}
+
+TWO_RANKS = [
+    *(
+        Case(model, stage=stage, mode="ulysses" if (stage + index) % 2 else "ring", accumulation=1 + (stage // 2))
+        for index, model in enumerate(("gpt_neox", "gpt2", "llama", "esm"))
+        for stage in range(4)
+    ),
+    *(Case("gpt2", sharded_table=True, stage=stage, accumulation=1 + stage % 2) for stage in range(4)),
+    Case("gpt2", sharded_table=True, stage=1, mode="ring", seq_len=13, variant="odd-length"),
+    Case("llama", mode="ring", seq_len=13, variant="odd-length"),
+    Case("esm", mode="ulysses", seq_len=15, stage=3, variant="odd-length"),
+    Case("llama", mode="ulysses", variant="padding"),
+    Case("esm", mode="ring", stage=1, variant="padding"),
+    Case("gpt_neox", mode="ring", variant="documents"),
+    Case("gpt_neox", mode="ulysses", stage=3, variant="documents"),
+    Case("llama", mode="ring", variant="positions"),
+    Case("gpt2", mode="ring", variant="custom-mask"),
+    Case("llama", mode="ulysses", variant="custom-mask"),
+    Case("gpt2", variant="ignored-shard"),
+    *(Case("genslm-learned", sharded_table=True, stage=stage, accumulation=2 - stage % 2) for stage in range(4)),
+    Case("genslm-learned", sharded_table=True, mode="ring", stage=2, seq_len=13, variant="odd-length"),
+    Case("genslm-rotary", mode="ring", stage=1, accumulation=2),
+    Case("genslm-rotary", mode="ulysses", stage=3, variant="padding"),
+    Case("genslm-alibi", mode="ulysses", stage=0, variant="documents"),
+    Case("genslm-alibi", mode="ring", stage=2, seq_len=13, variant="odd-length"),
+    Case("genslm-alibi", mode="ring", stage=3, variant="custom-mask"),
+    Case("genslm-encoder", mode="ulysses", stage=1, seq_len=13, variant="odd-length"),
+    Case("genslm-rotary", stage=3, variant="tiled", features={"tiling": {"mlp": 3, "loss": 5}}),
+    Case("genslm-rotary", stage=2, variant="recomputed", features={"activation_checkpointing": {"kind": "selective"}}),
+    Case("llama", stage=3, variant="recomputed", features={"activation_checkpointing": {"kind": "full"}}),
+    Case(
+        "gpt_neox",
+        mode="ring",
+        variant="recomputed",
+        features={"activation_checkpointing": {"kind": "full", "every_n_layers": 2}},
+    ),
+    Case("esm", stage=1, variant="recomputed", features={"activation_checkpointing": {"kind": "selective"}}),
+    Case("gpt2", sharded_table=True, stage=0, **FIVE_CLIPPED_STEPS),
+    Case("gpt2", sharded_table=True, stage=2, **FIVE_CLIPPED_STEPS),
+    Case("gpt2", sharded_table=True, stage=3, **FIVE_CLIPPED_STEPS),
+    Case("llama", stage=1, **FIVE_CLIPPED_STEPS),
+]
+
+FOUR_RANKS = [
+    *(Case("gpt_neox", size=2, stage=stage, mode="ring", variant="padding") for stage in range(4)),
+    *(Case("gpt2", size=2, stage=stage, sharded_table=True, accumulation=2, variant="padding") for stage in range(4)),
+    Case("llama", size=4, mode="ring", stage=2),
+    Case("llama", size=4, mode=GRID, stage=3),
+    Case("llama", size=4, mode="ulysses"),
+    Case("esm", size=4, mode=GRID, stage=1, seq_len=19, variant="odd-length"),
+    Case("gpt2", size=4, mode=GRID, stage=3, sharded_table=True, seq_len=18, variant="odd-length"),
+    Case("gpt2", size=2, stage=2, sharded_table=True, **FIVE_CLIPPED_STEPS),
+]
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return run_distributed(run_cases, 2, TWO_RANKS, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    return run_distributed(run_cases, 4, FOUR_RANKS, timeout=600)
+
+
+def check(case, results):
+    limits = {"loss": LIMIT, "gradient": LIMIT, "step": LIMIT_OF_FIVE_ADAMW_STEPS if case.steps > 1 else LIMIT}
+    for rank, errors in enumerate(results):
+        assert isinstance(errors[case.id], dict), f"rank {rank}: {errors[case.id]}"
+        for kind, (error, where) in errors[case.id].items():
+            assert error <= limits[kind], f"{kind} on rank {rank}: {error:.2e} of the largest value in {where}"
+
+
+@pytest.mark.distributed(2)
+@pytest.mark.parametrize("case", TWO_RANKS, ids=lambda case: case.id)
+def test_two_ranks_train_like_one(case, two_ranks):
+    check(case, two_ranks)
+
+
+@pytest.mark.distributed(4)
+@pytest.mark.parametrize("case", FOUR_RANKS, ids=lambda case: case.id)
+def test_four_ranks_train_like_one(case, four_ranks):
+    check(case, four_ranks)

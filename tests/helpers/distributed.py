@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a function on several CPU ranks: one process per rank, gloo between them, one launch for many cases.
+
+A rank that fails or dies ends the others, and the error carries what it printed; a launch that takes too long is ended
+and says which ranks were still at work.
+"""
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+_ROOT = Path(__file__).parents[2]
+_TAIL = 6000  # characters of a rank's output in an error message
+
+
+class RankFailure(AssertionError):
+    """A rank failed, died, or did not end in time."""
+
+
+def run_distributed(function, world_size, *arguments, timeout=300, **environment):
+    """Runs `function(*arguments)` on every rank and returns the list of what the ranks returned.
+
+    Args:
+        function: a module-level function of an importable module; torch.distributed is up when it is called.
+        world_size: processes to start.
+        arguments: anything that torch.save takes.
+        timeout: seconds for the whole launch.
+        environment: environment variables to set.
+
+    Raises:
+        RankFailure: with the number of the rank and the end of its output.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="ds4sci-ranks-") as folder:
+        folder = Path(folder)
+        torch.save((function.__module__, function.__name__, arguments), folder / "call.pt")
+        started = time.monotonic()
+        ranks = _start(folder, world_size, environment)
+        try:
+            _wait(ranks, folder, started + timeout)
+        finally:
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _start(folder, world_size, environment):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(world_size):
+        variables = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
+            **{name: str(value) for name, value in environment.items()},
+        }
+        with open(folder / f"log-{rank}.txt", "w") as log:
+            command = [sys.executable, "-m", "tests.helpers.distributed", str(folder)]
+            ranks.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=_ROOT, env=variables))
+    return ranks
+
+
+def _wait(ranks, folder, deadline):
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            # The rank that failed by itself, if it can be told from those that lost their neighbour.
+            time.sleep(0.5)
+            rank = next((r for r in failed if "Connection closed by peer" not in _tail(folder, r)), failed[0])
+            raise RankFailure(f"rank {rank} of {len(ranks)} ended with code {codes[rank]}:\n{_tail(folder, rank)}")
+        if all(code == 0 for code in codes):
+            return
+        if time.monotonic() > deadline:
+            busy = [rank for rank, code in enumerate(codes) if code is None]
+            raise RankFailure(f"ranks {busy} of {len(ranks)} did not end in time:\n{_tail(folder, busy[0])}")
+        time.sleep(0.05)
+
+
+def _tail(folder, rank):
+    return (folder / f"log-{rank}.txt").read_text(errors="replace")[-_TAIL:]
+
+
+def _main(folder):
+    folder = Path(folder)
+    module, name, arguments = torch.load(folder / "call.pt", weights_only=False)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    result = getattr(importlib.import_module(module), name)(*arguments)
+    torch.save(result, folder / f"result-{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
