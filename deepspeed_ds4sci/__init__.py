@@ -18,7 +18,7 @@ _PUBLIC = {
     "enable": "deepspeed_ds4sci.plugin",
     "disable": "deepspeed_ds4sci.plugin",
 }
-_SUBMODULES = ("nn", "ops")
+_SUBMODULES = ("models", "nn", "ops", "sequence")
 
 __all__ = [*_PUBLIC, *_SUBMODULES]
 
