@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of every test: fixed seed, NaN-filled fresh memory, GPU tests skipped where there is no GPU."""
+"""Settings of every test: fixed seed, NaN-filled memory, one thread, GPU tests skipped where there is no GPU."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU of compute capability 8.0 or newer")
     config.addinivalue_line("markers", "distributed(world_size): starts this many processes")
     config.addinivalue_line("markers", "slow: takes more than about 30 seconds")
+    # Tests compute little at a time. Threads gain nothing there, and cost a lot beside other work on the same cores.
+    torch.set_num_threads(1)
 
 
 def _gpu_is_missing() -> str | None:

@@ -5,9 +5,9 @@ Forward: online softmax over key tiles. Backward: the weights are computed again
 tensors with one element per logit are a few tiles of about `TILE_ELEMENTS`, reused for the whole call, so memory grows
 with L.
 
-A tile covers all heads of some rows for one block of queries and one of keys: enough work for torch's batched matmul
-to use every thread, small enough to stay in cache between the passes over it. Two of these passes ride in an extra
-column of the operands instead:
+On a CPU each thread has some of the heads to itself. A tile covers these heads of some rows, for one block of queries
+and one of keys: enough work for each of torch's operations, small enough to stay in cache between them. Two passes
+over a tile ride in an extra column of the operands instead:
 
     logits = pair + [q s, 1] [k, mask]^T          dP - delta = [do, -delta] [v, 1]^T
 
@@ -19,21 +19,24 @@ Sums are fp32 (fp64 for fp64) and always taken in the same order, so results are
 Axes: B batch, N rows, L attended length (Lq queries, Lk keys), H heads, D head dim. G = b n h: matrices of one group.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ._workers import run_side_by_side
 from .reference import NEG_INF, compute_dtype, lse_dtype, row_shift
 
 LOG2_E = math.log2(math.e)
-# Elements of one tile. CPU: 4 MiB in fp32, which stays in the last-level cache (half or twice as much is as fast on
-# two cores; smaller tiles spend more on starting threads). Elsewhere: enough to fill the device.
+# Elements of all tiles in work at a time. CPU: 4 MiB in fp32, which stays in the last-level cache (half or twice as
+# much is as fast on two cores). Elsewhere: enough to fill the device.
 TILE_ELEMENTS = {"cpu": 1 << 20}
 TILE_ELEMENTS_ELSEWHERE = 1 << 25
 MAX_TILE_KEYS = 512
 MIN_TILE_QUERIES = 32
+MIN_LOGITS_FOR_WORKERS = 1 << 17  # about a millisecond of work
 # Finite biases stop here, after `row_shift`. Far below any real logit, yet close enough to keep digits of q k^T where
 # every key that a row has left carries such a bias; at -1e10 the rounding of lse would be 1024, and P its power of 2.
 LOWEST_BIAS = {torch.float32: -(2.0**15), torch.float64: -(2.0**44)}
@@ -62,10 +65,10 @@ class _Tiling:
     keys: list[slice]
 
     @classmethod
-    def of(cls, lead: tuple[int, int], q: Tensor, k: Tensor) -> "_Tiling":
-        batch, rows = lead
-        q_len, heads = q.shape[2:4]
-        elements = TILE_ELEMENTS.get(q.device.type, TILE_ELEMENTS_ELSEWHERE)
+    def of(cls, q: Tensor, k: Tensor, num_parts: int) -> "_Tiling":
+        """For one of `num_parts` parts that are in work at a time."""
+        batch, rows, q_len, heads, _ = q.shape
+        elements = max(1, TILE_ELEMENTS.get(q.device.type, TILE_ELEMENTS_ELSEWHERE) // num_parts)
         keys = _blocks(k.shape[2], MAX_TILE_KEYS)
         per_query = heads * keys[0].stop
         queries = _blocks(q_len, max(MIN_TILE_QUERIES, elements // per_query))
@@ -103,6 +106,12 @@ class _PairLogits:
             and smallest.min().item() >= LOWEST_BIAS[dtype]
             and not torch.count_nonzero(self.shift)
         )
+
+    def of_heads(self, heads: slice) -> "_PairLogits":
+        part = copy.copy(self)
+        if self.bias.shape[2] > 1:
+            part.bias, part.shift = self.bias[:, :, heads], self.shift[:, :, heads]
+        return part
 
     def tile(self, b: slice, i: slice, j: slice) -> Tensor:
         b = b if self.bias.shape[0] > 1 else slice(0, 1)
@@ -179,9 +188,9 @@ def _exp_(x: Tensor) -> Tensor:
     return x.mul_(LOG2_E).exp2_()
 
 
-def _forward_group(call, b, softmax_scale, mask, q, k, v, o, lse):
+def _forward_group(part, b, softmax_scale, mask, q, k, v, o, lse):
     """One group of rows: q, k, v, o [b, n, L, H, D], mask [b, n, Lk], lse [b, n, H, Lq]; writes o and lse."""
-    scratch, tiling, pair = call.scratch, call.tiling, call.pair
+    scratch, tiling, pair = part.scratch, part.tiling, part.pair
     batch, rows, _, heads, head_dim = q.shape
     lead, group = (batch, rows, heads), batch * rows * heads
     queries, keys = _gather_operands(scratch, q, k, mask, softmax_scale)
@@ -228,9 +237,9 @@ def _split_lse(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rounded, rest.masked_fill_(rounded == math.inf, 0.0).to(dtype)
 
 
-def _backward_group(call, b, softmax_scale, mask, do, q, k, v, o, lse, dq, dk, dv, dmask, dpair):
+def _backward_group(part, b, softmax_scale, mask, q, k, v, do, o, dq, dk, dv, lse, dmask, dpair):
     """One group, as in `_forward_group`. Writes dq, dk, dv; adds to dmask [b, n, Lk] and dpair. None: unwanted."""
-    scratch, tiling, pair = call.scratch, call.tiling, call.pair
+    scratch, tiling, pair = part.scratch, part.tiling, part.pair
     batch, rows, q_len, heads, head_dim = q.shape
     lead, group = (batch, rows, heads), batch * rows * heads
     queries, keys = _gather_operands(scratch, q, k, mask, softmax_scale)
@@ -264,9 +273,9 @@ def _backward_group(call, b, softmax_scale, mask, do, q, k, v, o, lse, dq, dk, d
             if dmask is not None:
                 dmask[:, :, j] += dlogits.sum(dim=1).view(*lead, -1).sum(dim=2)
             if dpair is not None:
-                part = dpair[b if dpair.shape[0] > 1 else slice(0, 1), :, :, i, j]
-                shared = (1, 2) if dpair.shape[2] == 1 else (1,)
-                part += dlogits.view(*lead, *dlogits.shape[1:]).sum(dim=shared, keepdim=True)
+                total = dpair[b if dpair.shape[0] > 1 else slice(0, 1), :, :, i, j]
+                shared = (1, 2) if dpair.shape[2] < heads else (1,)
+                total += dlogits.view(*lead, *dlogits.shape[1:]).sum(dim=shared, keepdim=True)
     for out, tiles, blocks, scale in (
         (dq, dq_tiles, tiling.queries, softmax_scale),
         (dk, dk_tiles, tiling.keys, None),
@@ -278,24 +287,50 @@ def _backward_group(call, b, softmax_scale, mask, do, q, k, v, o, lse, dq, dk, d
 
 
 class _Call:
-    """The tensors of one call by group of rows. Batch entries that share a pair bias, or have none, are just rows."""
+    """What all parts of one call share. Batch entries that share a pair bias, or have none, are just rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None):
-        dtype = compute_dtype(q.dtype)
+    def __init__(self, q: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None):
+        self.dtype = compute_dtype(q.dtype)
         batch, rows = q.shape[:2]
         own_pair_bias = pair_bias is not None and pair_bias.shape[0] > 1
         self.lead = (batch, rows) if own_pair_bias else (1, batch * rows)
-        self.mask = _mask_logits(mask_bias, (batch, rows), dtype)
-        self.pair = None if pair_bias is None else _PairLogits(pair_bias, dtype)
-        self.scratch = _Scratch(q, dtype)
-        self.tiling = _Tiling.of(self.lead, q, k)
+        mask = _mask_logits(mask_bias, (batch, rows), self.dtype)
+        self.mask = None if mask is None else mask.reshape(*self.lead, -1)
+        self.pair = None if pair_bias is None else _PairLogits(pair_bias, self.dtype)
+
+    def fold(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Each of `tensors` [B, N, ...] with its first axes as in `lead`; views of those that are contiguous."""
+        return tuple(None if x is None else x.reshape(*self.lead, *x.shape[2:]) for x in tensors)
+
+    def head_parts(self, q: Tensor, k: Tensor) -> list[slice]:
+        """Which heads each worker gets. Heads that share their pair bias stay together: they add to the same dpair."""
+        heads = q.shape[3]
+        num_workers = min(heads, torch.get_num_threads())
+        small = q.shape[:4].numel() * k.shape[2] < MIN_LOGITS_FOR_WORKERS
+        if q.device.type != "cpu" or small or (self.pair is not None and self.pair.bias.shape[2] < heads):
+            num_workers = 1
+        return _steps(heads, math.ceil(heads / num_workers))
+
+
+class _Part:
+    """Some heads of a call, with scratch memory and tiles of their own."""
+
+    def __init__(self, call: _Call, heads: slice, num_parts: int, q: Tensor, k: Tensor):
+        self.mask = call.mask
+        self.pair = None if call.pair is None else call.pair.of_heads(heads)
+        self.scratch = _Scratch(q, call.dtype)
+        self.tiling = _Tiling.of(q, k, num_parts)
 
     def groups(self, *tensors: Tensor | None):
-        """(b, each of `tensors` [B, N, ...] restricted to one group) for every group; mask first."""
-        folded = tuple(None if x is None else x.reshape(*self.lead, *x.shape[2:]) for x in (self.mask, *tensors))
+        """(b, the mask and each of `tensors` [B, N, ...] restricted to one group) for every group."""
         for b in self.tiling.batches:
             for n in self.tiling.rows:
-                yield b, tuple(None if x is None else x[b, n] for x in folded)
+                yield b, tuple(None if x is None else x[b, n] for x in (self.mask, *tensors))
+
+
+def _of_heads(heads: slice, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each of `tensors` [B, N, L, H, D] restricted to some heads."""
+    return tuple(None if x is None else x[:, :, :, heads] for x in tensors)
 
 
 class TiledImplementation:
@@ -310,25 +345,41 @@ class TiledImplementation:
         batch, rows, q_len, heads, _ = q.shape
         o = q.new_empty(q.shape)
         lse = q.new_empty((batch, rows, heads, q_len), dtype=lse_dtype(q))
-        call = _Call(q, k, mask_bias, pair_bias)
-        for b, tensors in call.groups(q, k, v, o, lse):
-            _forward_group(call, b, softmax_scale, *tensors)
+        call = _Call(q, mask_bias, pair_bias)
+        *operands, lse_rows = call.fold(q, k, v, o, lse)
+        parts = call.head_parts(q, k)
+
+        def work(heads: slice) -> None:
+            tensors = _of_heads(heads, *operands)
+            part = _Part(call, heads, len(parts), *tensors[:2])
+            for b, group in part.groups(*tensors, lse_rows[:, :, heads]):
+                _forward_group(part, b, softmax_scale, *group)
+
+        run_side_by_side(work, parts)
         return o, lse
 
     def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
-        dtype = compute_dtype(q.dtype)
-        batch, rows = q.shape[:2]
-        dq, dk, dv = (q.new_empty(x.shape) if w else None for x, w in zip((q, k, v), wanted[:3], strict=True))
-        dmask = q.new_zeros((batch, rows, k.shape[2]), dtype=dtype) if wanted[3] else None
-        dpair = q.new_zeros(pair_bias.shape, dtype=dtype) if wanted[4] else None
-        call = _Call(q, k, mask_bias, pair_bias)
-        for b, tensors in call.groups(do, q, k, v, o, lse, dq, dk, dv, dmask):
-            _backward_group(call, b, softmax_scale, *tensors, dpair)
-        if dmask is not None:
-            dmask = dmask.view(batch, rows, 1, 1, -1).sum_to_size(mask_bias.shape).to(mask_bias.dtype)
-        if dpair is not None:
-            dpair = dpair.to(pair_bias.dtype)
-        return dq, dk, dv, dmask, dpair
+        call = _Call(q, mask_bias, pair_bias)
+        dqkv = tuple(q.new_empty(x.shape) if w else None for x, w in zip((q, k, v), wanted[:3], strict=True))
+        dpair = q.new_zeros(pair_bias.shape, dtype=call.dtype) if wanted[4] else None
+        *operands, lse_rows = call.fold(q, k, v, do, o, *dqkv, lse)
+        parts = call.head_parts(q, k)
+
+        def work(heads: slice) -> Tensor | None:
+            tensors = _of_heads(heads, *operands)
+            part = _Part(call, heads, len(parts), *tensors[:2])
+            dmask_part = q.new_zeros((*call.lead, k.shape[2]), dtype=call.dtype) if wanted[3] else None
+            dpair_part = None if dpair is None else dpair[:, :, heads]
+            for b, group in part.groups(*tensors, lse_rows[:, :, heads], dmask_part):
+                _backward_group(part, b, softmax_scale, *group, dpair_part)
+            return dmask_part
+
+        dmask_parts = run_side_by_side(work, parts)
+        dmask = None
+        if wanted[3]:
+            dmask = torch.stack(dmask_parts).sum(dim=0).view(*q.shape[:2], 1, 1, -1)
+            dmask = dmask.sum_to_size(mask_bias.shape).to(mask_bias.dtype)
+        return (*dqkv, dmask, None if dpair is None else dpair.to(pair_bias.dtype))
 
 
 TILED = TiledImplementation()

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed_ds4sci.ops import tiled
 from deepspeed_ds4sci.ops._dispatch import problem_of
+from deepspeed_ds4sci.ops.evoformer_attention import evoformer_attention
 from tests.helpers import shapes
 from tests.helpers.inputs import LAYOUTS, MASK_KINDS, PAIR_KINDS, make_inputs
 from tests.helpers.numerics import check_against_eager, fp64_reference, run_op
@@ -144,14 +145,50 @@ def test_a_gradient_alone_equals_the_same_gradient_among_all(wanted, small_tiles
         assert torch.equal(tensor, every[name]), name
 
 
+@pytest.fixture
+def any_threads():
+    """The test sets the number of torch's threads as it likes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=dtype_id)
-def test_runs_are_bit_identical(dtype):
+def test_runs_are_bit_identical(dtype, threads, any_threads):
     inputs = make_inputs(AttentionShape("repeat", 2, 9, 130, 700, 4, 32, "several tiles of the real size"), dtype)
+    torch.set_num_threads(threads)
     first = run_op(inputs, "tiled")
     for _ in range(3):
         again = run_op(inputs, "tiled")
         for name, tensor in first.tensors.items():
             assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "mask, pair", [("additive", "contiguous"), ("bool", "one_head"), ("none", "shared_samples"), ("shared", "none")]
+)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_heads_dealt_out_to_workers(threads, mask, pair, any_threads, monkeypatch):
+    monkeypatch.setattr(tiled, "MIN_LOGITS_FOR_WORKERS", 1)
+    torch.set_num_threads(threads)
+    assert_close_to_fp64(make_inputs(SMALL, FP64, mask=mask, pair=pair))
+
+
+def test_workers_under_inference_mode_and_for_views(any_threads, monkeypatch):
+    monkeypatch.setattr(tiled, "MIN_LOGITS_FOR_WORKERS", 1)
+    torch.set_num_threads(2)
+    shape = AttentionShape("square", 1, 20, 20, 20, 4, 8, "a transposed view needs N = L")
+    expected = run_op(make_inputs(shape, FP64), "tiled")
+    for layout in LAYOUTS:
+        inputs = make_inputs(shape, FP64, layout=layout)
+        for name, tensor in run_op(inputs, "tiled").tensors.items():
+            torch.testing.assert_close(tensor, expected[name])
+        with torch.inference_mode():
+            o = evoformer_attention(
+                inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=inputs.pair_bias
+            )
+            torch.testing.assert_close(o, expected["o"])
 
 
 def test_bias_gradients_are_summed_in_fp32():
@@ -175,7 +212,8 @@ class _LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_has_an_element_per_logit():
+def test_no_tensor_has_an_element_per_logit(any_threads):
+    torch.set_num_threads(1)  # a dispatch mode sees its own thread only
     shape = AttentionShape("long", 1, 2, 1500, 1500, 4, 16, "logits of one row exceed a tile many times")
     inputs = make_inputs(shape, pair="none")
     with _LargestTensor() as seen:
