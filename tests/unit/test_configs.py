@@ -29,7 +29,9 @@ def test_there_are_configs():
 def test_config_parses(path):
     parsed = parse(load(path))
     assert parsed.train_micro_batch_size_per_gpu >= 1
-    assert parsed.optimizer_name == "adamw" and parsed.scheduler_name == "WarmupCosineLR"
+    assert parsed.optimizer_name == "adamw"
+    if path.name.startswith("evoformer"):
+        assert parsed.scheduler_name == "WarmupCosineLR"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -46,6 +48,8 @@ def test_no_value_is_auto_and_no_key_is_unknown(path):
     config = load(path)
     assert '"auto"' not in path.read_text()
     known = {
+        "ds4sci",
+        "train_batch_size",
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
         "gradient_clipping",
