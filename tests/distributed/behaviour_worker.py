@@ -219,6 +219,29 @@ def client_optimizer():
     return relative_error(table.weight.detach(), expected.detach())
 
 
+def bf16(stage):
+    """Relative distance of three bf16 losses with a sharded table from one rank's in fp32; dtype of what trains."""
+    model = tiny_models.build("gpt2")
+    reference = copy.deepcopy(model)
+    adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+    config = Case("gpt2", sharded_table=True, stage=stage, optimizer=adamw, clipping=1.0).ds_config(1)
+    config["bf16"] = {"enabled": True}
+    engine, *_ = engine_of(model=model, config=config)
+    optimizer, worst = torch.optim.AdamW(reference.parameters(), lr=0.01), 0.0
+    for step in range(3):
+        batch = tiny_models.batch("gpt2", 1, 16, step)
+        expected = reference(**batch).loss
+        optimizer.zero_grad()
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        optimizer.step()
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        worst = max(worst, abs(loss.item() - expected.item()) / expected.item())
+    return worst, str(engine.ds4sci_table_optimizer.table.weight.dtype)
+
+
 def dropout():
     """Whether two ranks with one seed drop different activations, and whether the script's generator is untouched."""
     from torch import nn

@@ -18,6 +18,9 @@ TWO_RANKS = [
     ("refusals",),
     ("client_optimizer",),
     ("dropout",),
+    ("bf16", 1),
+    ("bf16", 2),
+    ("bf16", 3),
 ]
 
 
@@ -120,6 +123,14 @@ def test_refuses(two_ranks, what, message):
 def test_a_client_optimizer_may_hold_the_replaced_table(two_ranks):
     for results in two_ranks:
         assert results["client_optimizer",] <= 2e-6
+
+
+@pytest.mark.distributed(2)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_trains_with_an_fp32_table(two_ranks, stage):
+    distance, dtype = two_ranks[0]["bf16", stage]
+    assert distance <= 0.02
+    assert dtype == "torch.float32"
 
 
 @pytest.mark.distributed(2)

@@ -16,6 +16,7 @@ LIMIT_OF_FIVE_ADAMW_STEPS = 1e-5
 ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4, "torch_adam": True}}}
 FIVE_CLIPPED_STEPS = {**ADAMW, "clipping": 0.3, "steps": 5, "variant": "adamw-clipped"}
 
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 GRID = {"ulysses": 2, "ring": 2}
 
 TWO_RANKS = [
@@ -58,6 +59,10 @@ TWO_RANKS = [
     Case("gpt2", sharded_table=True, stage=2, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=3, **FIVE_CLIPPED_STEPS),
     Case("llama", stage=1, **FIVE_CLIPPED_STEPS),
+    *(
+        Case("gpt2", sharded_table=True, stage=stage, zero=zero, **{**FIVE_CLIPPED_STEPS, "variant": "offload"})
+        for stage, zero in ((1, OFFLOAD), (2, OFFLOAD), (3, {**OFFLOAD, "offload_param": {"device": "cpu"}}))
+    ),
 ]
 
 FOUR_RANKS = [
