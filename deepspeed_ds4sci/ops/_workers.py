@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Independent parts of one op on CPU threads of their own, each with a share of torch's intra-op threads.
 
-Torch starts and joins its threads for every single operation. For a long row of short operations, as in `tiled`, it is
-better to give each thread a part of the problem: nobody waits for the others until the end. With other work on the same
-two cores that made a forward and backward pass ten times faster; on idle cores it makes little difference.
+Torch starts and joins its threads for every single operation. For a long row of short operations, as in `tiled`, it
+is better to give each thread a part of the problem: nobody waits for the others until the end. With other work on the
+same two cores that made a forward and backward pass ten times faster; on idle cores it makes little difference.
 """
 
 import os
