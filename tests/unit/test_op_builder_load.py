@@ -15,6 +15,7 @@ from deepspeed_ds4sci.op_builder.gpus import Driver, Gpu
 from deepspeed_ds4sci.op_builder.library import EVOFORMER_ATTN
 from deepspeed_ds4sci.op_builder.targets import parse_targets
 from tests.helpers.fake_nvcc import FakeNvcc, write_sources
+from tests.helpers.processes import run_python
 
 H100 = Gpu("H100", "GPU-1", (9, 0))
 A100 = Gpu("A100", "GPU-2", (8, 0))
@@ -35,6 +36,7 @@ class Machine:
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
         monkeypatch.setattr(builder_module.deepspeed_ds4sci, "__file__", str(self.package / "__init__.py"))
         monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         self.set_torch("13.0")
         self.set_gpus(H100)
         self.set_driver((13, 0))
@@ -141,8 +143,14 @@ def test_check_never_raises(machine):
 
 
 def test_check_creates_no_cuda_context():
-    EvoformerAttnBuilder().is_compatible()
-    assert not torch.cuda.is_initialized()
+    """A process that has touched CUDA can no longer fork; importing DeepSpeed and asking must not do that to it."""
+    run_python("""
+        import deepspeed, torch
+        from deepspeed.ops.op_builder import EvoformerAttnBuilder
+        EvoformerAttnBuilder().is_compatible(verbose=True)
+        deepspeed.ops.__compatible_ops__
+        assert not torch.cuda.is_initialized()
+    """)
 
 
 def test_prebuilt_needs_no_compiler(machine):

@@ -129,6 +129,7 @@ def test_no_driver_means_no_gpus(monkeypatch):
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr("deepspeed_ds4sci.op_builder.gpus.ctypes.CDLL", no_library)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
     assert query_driver() is None
     assert visible_gpus() == []
 
