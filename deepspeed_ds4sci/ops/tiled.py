@@ -2,8 +2,7 @@
 """Exact attention in tiles, in plain PyTorch: the CPU path, and the fallback on devices that have no kernel.
 
 Forward: online softmax over key tiles. Backward: the weights are computed again from lse, tile by tile. The only
-tensors with one element per logit are a few tiles of about `TILE_ELEMENTS`, reused for the whole call, so memory grows
-with L.
+tensors with one element per logit are a few tiles of bounded size, reused for the whole call, so memory grows with L.
 
 On a CPU each thread has some of the heads to itself. A tile covers these heads of some rows, for one block of queries
 and one of keys: enough work for each of torch's operations, small enough to stay in cache between them. Two passes
@@ -30,9 +29,9 @@ from ._workers import run_side_by_side
 from .reference import NEG_INF, compute_dtype, lse_dtype, row_shift
 
 LOG2_E = math.log2(math.e)
-# Elements of all tiles in work at a time. CPU: 4 MiB in fp32, which stays in the last-level cache (half or twice as
-# much is as fast on two cores). Elsewhere: enough to fill the device.
-TILE_ELEMENTS = {"cpu": 1 << 20}
+# Elements of a tile. CPU: for each thread 1.5 MiB in fp32, of which two fit its share of the last-level cache (half to
+# twice as much is as fast, less is slower). Elsewhere: enough to fill the device.
+TILE_ELEMENTS_PER_THREAD = 3 << 17
 TILE_ELEMENTS_ELSEWHERE = 1 << 25
 MAX_TILE_KEYS = 512
 MIN_TILE_QUERIES = 32
@@ -65,10 +64,11 @@ class _Tiling:
     keys: list[slice]
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, num_parts: int) -> "_Tiling":
-        """For one of `num_parts` parts that are in work at a time."""
+    def of(cls, q: Tensor, k: Tensor) -> "_Tiling":
         batch, rows, q_len, heads, _ = q.shape
-        elements = max(1, TILE_ELEMENTS.get(q.device.type, TILE_ELEMENTS_ELSEWHERE) // num_parts)
+        elements = TILE_ELEMENTS_ELSEWHERE
+        if q.device.type == "cpu":
+            elements = TILE_ELEMENTS_PER_THREAD * torch.get_num_threads()
         keys = _blocks(k.shape[2], MAX_TILE_KEYS)
         per_query = heads * keys[0].stop
         queries = _blocks(q_len, max(MIN_TILE_QUERIES, elements // per_query))
@@ -313,13 +313,13 @@ class _Call:
 
 
 class _Part:
-    """Some heads of a call, with scratch memory and tiles of their own."""
+    """Some heads of a call, with scratch memory and tiles of their own; made by the thread that works on them."""
 
-    def __init__(self, call: _Call, heads: slice, num_parts: int, q: Tensor, k: Tensor):
+    def __init__(self, call: _Call, heads: slice, q: Tensor, k: Tensor):
         self.mask = call.mask
         self.pair = None if call.pair is None else call.pair.of_heads(heads)
         self.scratch = _Scratch(q, call.dtype)
-        self.tiling = _Tiling.of(q, k, num_parts)
+        self.tiling = _Tiling.of(q, k)
 
     def groups(self, *tensors: Tensor | None):
         """(b, the mask and each of `tensors` [B, N, ...] restricted to one group) for every group."""
@@ -351,7 +351,7 @@ class TiledImplementation:
 
         def work(heads: slice) -> None:
             tensors = _of_heads(heads, *operands)
-            part = _Part(call, heads, len(parts), *tensors[:2])
+            part = _Part(call, heads, *tensors[:2])
             for b, group in part.groups(*tensors, lse_rows[:, :, heads]):
                 _forward_group(part, b, softmax_scale, *group)
 
@@ -367,7 +367,7 @@ class TiledImplementation:
 
         def work(heads: slice) -> Tensor | None:
             tensors = _of_heads(heads, *operands)
-            part = _Part(call, heads, len(parts), *tensors[:2])
+            part = _Part(call, heads, *tensors[:2])
             dmask_part = q.new_zeros((*call.lead, k.shape[2]), dtype=call.dtype) if wanted[3] else None
             dpair_part = None if dpair is None else dpair[:, :, heads]
             for b, group in part.groups(*tensors, lse_rows[:, :, heads], dmask_part):

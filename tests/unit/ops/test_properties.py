@@ -45,7 +45,7 @@ def cases(draw):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "MAX_TILE_KEYS", 16)
-    monkeypatch.setitem(tiled.TILE_ELEMENTS, "cpu", 1024)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS_PER_THREAD", 1024)
 
 
 def assert_results_equal(actual, expected):

@@ -26,7 +26,7 @@ def dtype_id(value):
 def small_tiles(monkeypatch):
     """Tiles of 32 keys and about 4096 elements: every loop of the file runs more than once."""
     monkeypatch.setattr(tiled, "MAX_TILE_KEYS", 32)
-    monkeypatch.setitem(tiled.TILE_ELEMENTS, "cpu", 4096)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS_PER_THREAD", 4096)
 
 
 def assert_close_to_fp64(inputs, tolerance=1e-11):
@@ -92,7 +92,7 @@ def test_layouts(layout, dtype, small_tiles):
 @pytest.mark.parametrize("max_keys", [8, 24, 512])
 def test_any_tile_size_is_right(elements, max_keys, monkeypatch):
     monkeypatch.setattr(tiled, "MAX_TILE_KEYS", max_keys)
-    monkeypatch.setitem(tiled.TILE_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS_PER_THREAD", elements)
     assert_close_to_fp64(make_inputs(SMALL, FP64, mask="minus_inf"))
 
 
@@ -221,7 +221,7 @@ def test_no_tensor_has_an_element_per_logit(any_threads):
         with torch.no_grad():
             o, lse = tiled.TILED.forward(*arguments, 0.25)
             tiled.TILED.backward(inputs.do, *arguments, o, lse, 0.25, (True, True, True, True, False))
-    assert seen.largest <= 2 * tiled.TILE_ELEMENTS["cpu"] < shape.logits / 8
+    assert seen.largest <= 2 * tiled.TILE_ELEMENTS_PER_THREAD < shape.logits / 8
 
 
 def test_lse_of_rows_with_and_without_keys():
