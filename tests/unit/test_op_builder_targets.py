@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which architectures get compiled, and what their code runs on."""
 
+import ctypes
 import logging
+import subprocess
 
 import pytest
 
@@ -130,6 +132,52 @@ def test_no_driver_means_no_gpus(monkeypatch):
 
     monkeypatch.setattr("deepspeed_ds4sci.op_builder.gpus.ctypes.CDLL", no_library)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    assert query_driver() is None
+    assert visible_gpus() == []
+
+
+# The part of NVML that is asked, for a machine with three GPUs of which the second may not be used.
+_NVML = """
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int* version) { *version = 12080; return STATUS; }
+int nvmlDeviceGetCount_v2(unsigned* count) { *count = 3; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void** device) { *device = (void*)(i + 1ul); return i == 1 ? 4 : 0; }
+int nvmlDeviceGetCudaComputeCapability(void* device, int* major, int* minor) {
+    *major = device == (void*)1 ? 9 : 12;
+    *minor = 0;
+    return 0;
+}
+int nvmlDeviceGetName(void* device, char* name, unsigned size) { strncpy(name, "NVIDIA H100", size); return 0; }
+int nvmlDeviceGetUUID(void* device, char* uuid, unsigned size) { return 3; }
+"""
+
+
+def load_nvml(folder, monkeypatch, status):
+    """Puts a library made from the above in place of NVML; `status` is what its version call returns."""
+    (folder / "nvml.c").write_text(_NVML)
+    library = folder / "libnvidia-ml.so.1"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", f"-DSTATUS={status}", str(folder / "nvml.c"), "-o", str(library)], check=True
+    )
+    original = ctypes.CDLL
+    monkeypatch.setattr("deepspeed_ds4sci.op_builder.gpus.ctypes.CDLL", lambda name: original(str(library)))
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+
+
+def test_driver_is_asked(monkeypatch, tmp_path):
+    load_nvml(tmp_path, monkeypatch, status=0)
+    driver = query_driver()
+    assert driver.cuda_version == (12, 8)
+    assert driver.gpus == (Gpu("NVIDIA H100", "", (9, 0)), Gpu("NVIDIA H100", "", (12, 0)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert [gpu.capability for gpu in visible_gpus()] == [(12, 0)]
+
+
+def test_driver_that_does_not_answer(monkeypatch, tmp_path):
+    load_nvml(tmp_path, monkeypatch, status=999)
     assert query_driver() is None
     assert visible_gpus() == []
 
