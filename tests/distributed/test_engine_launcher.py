@@ -53,8 +53,8 @@ def launch(folder, ranks, features, **variables):
         env=clean_environment(
             DS_ACCELERATOR="cpu",
             OMP_NUM_THREADS=1,
-            # Its own folder: a compilation killed in the shared one leaves a lock that hangs later starts.
-            TORCH_EXTENSIONS_DIR=folder / "extensions",
+            # Not the shared folder: a compilation killed there leaves a lock that hangs later starts.
+            TORCH_EXTENSIONS_DIR=folder.parent / "extensions",
             PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             **variables,
