@@ -9,7 +9,8 @@ from torch import Tensor
 from ._custom_op import evoformer_attn
 
 MAX_HEAD_DIM = 128
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT_DTYPES = (*AUTOCAST_DTYPES, torch.float64)
 
 
 def _require_tensor(name: str, value) -> None:
@@ -83,17 +84,17 @@ def without_repeats(tensor: Tensor, axes: Iterable[int]) -> Tensor:
 
 
 def _under_autocast(q, k, v, mask_bias, pair_bias):
-    """q, k, v in the autocast dtype; a bias that is then neither of that dtype nor fp32 follows."""
+    """q, k, v in the autocast dtype; a bias that is then neither of that dtype nor fp32 follows. fp64 stays."""
     device_type = q.device.type
-    if not torch.is_autocast_enabled(device_type) or q.dtype == torch.float64:
+    if not torch.is_autocast_enabled(device_type):
         return q, k, v, mask_bias, pair_bias
     dtype = torch.get_autocast_dtype(device_type)
 
-    def follow(bias):
-        keep = bias is None or bias.dtype in (dtype, torch.float32, torch.bool)
-        return bias if keep else bias.to(dtype)
+    def cast(x, kept=()):
+        return x.to(dtype) if isinstance(x, Tensor) and x.dtype in AUTOCAST_DTYPES and x.dtype not in kept else x
 
-    return q.to(dtype), k.to(dtype), v.to(dtype), follow(mask_bias), follow(pair_bias)
+    fp32 = (torch.float32,)
+    return cast(q), cast(k), cast(v), cast(mask_bias, fp32), cast(pair_bias, fp32)
 
 
 def _rows_as_batch(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
@@ -135,8 +136,8 @@ def evoformer_attention(
         mask_bias: [B, N, 1, 1, Lk], dtype of q or fp32, added to every head and query; or bool, True = keep.
             B and N may be 1.
         pair_bias: [B, 1, H, Lq, Lk], dtype of q or fp32. Shared by all rows; its gradient is summed over N in fp32.
-            B and H may be 1 (shared over samples, heads). [B, N, H, Lq, Lk] is taken too: free if it is an
-            expanded view, else each row is computed with its own bias.
+            B and H may be 1 (shared over samples, heads). [B, N, H, Lq, Lk] is taken too, each row with its own bias.
+            A view expanded along B, N or H costs what the tensor behind it costs.
         softmax_scale: multiplies q k^T. Default: D ** -0.5.
         implementation: "sm90", "sm80", "tiled", "reference", or None for the fastest supported here (never
             "reference"); the first choice of a kind is logged at level INFO by "deepspeed_ds4sci".
@@ -165,8 +166,7 @@ def evoformer_attention(
         per_row = pair_bias.dim() == 5 and pair_bias.shape[1] == rows and rows != 1
         form, bias_rows = ("[B, N, H, Lq, Lk]", rows) if per_row else ("[B, 1, H, Lq, Lk]", 1)
         _check_bias("pair_bias", form, pair_bias, (batch, bias_rows, heads, q_len, k_len), q, False)
-        if per_row:
-            pair_bias = without_repeats(pair_bias, (1,))
+        pair_bias = without_repeats(pair_bias, (0, 1, 2))
         if pair_bias.shape[1] != 1:
             return _rows_as_batch(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
     return evoformer_attn(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)

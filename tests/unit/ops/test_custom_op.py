@@ -275,6 +275,16 @@ class TestAutocast:
         assert torch.equal(o, expected)
         assert all_gradients(o, inputs)[-1].dtype == other
 
+    def test_arguments_are_still_checked(self, dtype):
+        inputs = make_inputs(SHAPE)
+        with torch.autocast("cpu", dtype=dtype):
+            with pytest.raises(ValueError, match="k must be a torch.Tensor, got NoneType"):
+                evoformer_attention(inputs.q, None, inputs.v)
+            with pytest.raises(ValueError, match="pair_bias must be a torch.Tensor, got float"):
+                evoformer_attention(inputs.q, inputs.k, inputs.v, pair_bias=1.0)
+            with pytest.raises(ValueError, match="v must be float16, bfloat16, float32 or float64, got torch.int64"):
+                evoformer_attention(inputs.q, inputs.k, inputs.v.long())
+
     def test_fp64_is_left_alone(self, dtype):
         inputs = make_inputs(SHAPE, torch.float64)
         with torch.autocast("cpu", dtype=dtype):

@@ -182,26 +182,39 @@ def test_inputs_are_left_as_they_were():
 class TestExpandedPairBias:
     """OpenFold's chunking repeats the pair bias over the rows of a chunk with stride 0."""
 
-    def test_it_reaches_the_op_without_its_copies(self, monkeypatch):
+    @pytest.mark.parametrize(
+        "base, expanded",
+        [
+            ((2, 1, 4), (2, 3, 4)),
+            ((1, 1, 4), (2, 1, 4)),
+            ((2, 1, 1), (2, 1, 4)),
+            ((1, 1, 1), (2, 3, 4)),
+            ((2, 1, 4), (2, 1, 4)),
+        ],
+    )
+    def test_it_reaches_the_op_without_its_copies(self, monkeypatch, base, expanded):
         seen = []
         monkeypatch.setattr(
             "deepspeed_ds4sci.ops.evoformer_attention.evoformer_attn",
             lambda q, k, v, mask, pair, *rest: seen.append(pair.shape) or q,
         )
-        inputs = make_inputs(SHAPE, pair="expanded")
-        evoformer_attention(inputs.q, inputs.k, inputs.v, pair_bias=inputs.pair_bias)
-        assert seen == [(2, 1, 4, 5, 7)]
+        inputs = make_inputs(SHAPE)
+        evoformer_attention(inputs.q, inputs.k, inputs.v, pair_bias=zeros(*base, 5, 7).expand(*expanded, 5, 7))
+        assert seen == [(*base, 5, 7)]
 
+    @pytest.mark.parametrize(
+        "pair, sizes, axes",
+        [("contiguous", (2, 3, 4), (1,)), ("shared_samples", (2, 1, 4), (0,)), ("one_head", (2, 3, 4), (1, 2))],
+    )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_the_expanded_tensor_gets_the_total_gradient(self, dtype):
-        base = make_inputs(SHAPE, dtype)
-        expected = run_op(base)
-        inputs = make_inputs(SHAPE, dtype)
-        expanded = inputs.pair_bias.expand(-1, SHAPE.rows, -1, -1, -1)
+    def test_the_expanded_tensor_gets_the_total_gradient(self, dtype, pair, sizes, axes):
+        expected = run_op(make_inputs(SHAPE, dtype, pair=pair))
+        inputs = make_inputs(SHAPE, dtype, pair=pair)
+        expanded = inputs.pair_bias.expand(*sizes, -1, -1)
         o = evoformer_attention(inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=expanded)
         of_expanded, of_base = torch.autograd.grad(o, (expanded, inputs.pair_bias), inputs.do)
         assert torch.equal(o, expected["o"])
-        assert repeated_axes(of_expanded) == (1,)
+        assert repeated_axes(of_expanded) == axes
         torch.testing.assert_close(of_base, expected["dpair_bias"])
 
     def test_second_derivatives(self):
