@@ -1,38 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The library's entry points: check what would corrupt memory, lay out the workspace, dispatch on dtype and head dim.
-#include <initializer_list>
-
+#include "entry.h"
 #include "launch.h"
-#include "static_switch.h"
 
 namespace ds4sci {
 namespace {
 
-constexpr int64_t kWorkspaceAlignment = 256;
-
-// Hands out the pieces of the workspace in order; with a null base it only counts.
-struct WorkspaceCursor {
-    unsigned char* base;
-    int64_t used = 0;
-
-    template <typename Value>
-    Value* take(int64_t count) {
-        Value* piece = base == nullptr ? nullptr : reinterpret_cast<Value*>(base + used);
-        used += round_up<int64_t>(count * static_cast<int64_t>(sizeof(Value)), kWorkspaceAlignment);
-        return piece;
-    }
-};
-
 KernelParams make_kernel_params(const EvoformerParams& params, bool backward, int64_t* workspace_bytes) {
-    KernelParams p{};
-    static_cast<EvoformerParams&>(p) = params;
-    p.q_len_padded = round_up(p.q_len, kLengthPadding);
-    p.k_len_padded = round_up(p.k_len, kLengthPadding);
-    // Without a pair bias, or with one shared by all samples, every row of the batch belongs to one group.
-    const bool one_group = p.pair_bias == nullptr || p.pair_batch == 1;
-    p.num_groups = one_group ? 1 : p.batch;
-    p.rows_per_group = one_group ? p.batch * p.rows : p.rows;
-
+    KernelParams p = basic_kernel_params(params);
     WorkspaceCursor cursor{static_cast<unsigned char*>(params.workspace)};
     if (p.mask_bias != nullptr)
         p.mask = cursor.take<float>(static_cast<int64_t>(p.mask_batch) * p.mask_rows * p.k_len_padded);
@@ -45,21 +20,6 @@ KernelParams make_kernel_params(const EvoformerParams& params, bool backward, in
     }
     if (workspace_bytes != nullptr) *workspace_bytes = cursor.used;
     return p;
-}
-
-int32_t check(const EvoformerParams& p) {
-    const int elements_per_chunk = p.dtype == kFloat32 ? 4 : 8;
-    if (p.head_dim < 1 || p.head_dim > 128 || p.head_dim % elements_per_chunk != 0) return kInvalidHeadDim;
-    if (p.dtype != kFloat16 && p.dtype != kBFloat16 && p.dtype != kFloat32) return kInvalidDtype;
-    if (p.mask_bias != nullptr && p.mask_dtype != p.dtype && p.mask_dtype != kFloat32 && p.mask_dtype != kBool)
-        return kInvalidDtype;
-    if (p.pair_bias != nullptr && p.pair_dtype != p.dtype && p.pair_dtype != kFloat32) return kInvalidDtype;
-    if (p.batch < 1 || p.rows < 1 || p.q_len < 1 || p.k_len < 1 || p.heads < 1) return kInvalidArgument;
-    if (static_cast<int64_t>(p.batch) * p.rows > 2147483647) return kInvalidArgument;
-    for (const RowStrides* stride : {&p.q_stride, &p.k_stride, &p.v_stride, &p.d_o_stride}) {
-        if (stride->l < 0 || stride->l > 2147483647) return kInvalidArgument;
-    }
-    return 0;
 }
 
 }  // namespace
@@ -102,10 +62,7 @@ extern "C" int32_t ds4sci_evoformer_fwd(const EvoformerParams* params) {
 }
 
 extern "C" int32_t ds4sci_evoformer_bwd(const EvoformerParams* params) {
-    if (const int32_t status = check(*params)) return status;
-    if (params->dpair_bias != nullptr && (params->pair_bias == nullptr || params->dpair_splits < 1))
-        return kInvalidArgument;
-    if ((params->dk == nullptr) != (params->dv == nullptr)) return kInvalidArgument;
+    if (const int32_t status = check_backward(*params)) return status;
     const KernelParams p = make_kernel_params(*params, true, nullptr);
     return DS4SCI_DTYPE_SWITCH(p.dtype, [&] {
         return DS4SCI_HEAD_DIM_SWITCH(p.head_dim, [&] {

@@ -17,6 +17,7 @@ struct KernelParams : EvoformerParams {
     float2* row_stats;  // backward: [B, N, H, q_len_padded] of {lse * log2(e), delta}; {+inf, 0} where P must be 0
     float* lse_low;     // backward, fp32 problems: what rounding lse * log2(e) to fp32 left over, same layout
     int32_t q_len_padded, k_len_padded;
+    bool heads_before_rows;              // order of work items, see decode_work_item
     int32_t num_groups, rows_per_group;  // rows of one group share a pair bias: N rows of a sample, or all B * N rows
 
     DS4SCI_HOST_DEVICE bool pair_is_fp32() const { return pair_dtype == kFloat32; }
@@ -40,20 +41,25 @@ DS4SCI_DEVICE float probability(float x, float lse_log2, float lse_log2_low) {
     return exp2_approx(difference);
 }
 
-// Position of one thread block: which tile of which rows. Tiles run fastest, then row blocks, then heads, so that
-// blocks that run together share one head's bias in L2.
+// Position of one thread block: which tile of which rows. Tiles run fastest, so that blocks that run together share K
+// and V. Heads are next, since neighbouring heads are neighbours in memory and one read from there serves both; but
+// where the bias of all heads would fill L2, row blocks are, so that one head's bias stays there.
 struct WorkItem {
     int tile, row_block, head, group;
 };
 
-DS4SCI_DEVICE WorkItem decode_work_item(uint32_t block, int num_tiles, int num_row_blocks, int heads) {
+DS4SCI_DEVICE WorkItem decode_work_item(uint32_t block, int num_tiles, int num_row_blocks, const KernelParams& p) {
     WorkItem item;
     item.tile = static_cast<int>(block % num_tiles);
     block /= num_tiles;
-    item.row_block = static_cast<int>(block % num_row_blocks);
-    block /= num_row_blocks;
-    item.head = static_cast<int>(block % heads);
-    item.group = static_cast<int>(block / heads);
+    const int inner = p.heads_before_rows ? p.heads : num_row_blocks;
+    const int outer = p.heads_before_rows ? num_row_blocks : p.heads;
+    const int first = static_cast<int>(block % inner);
+    block /= inner;
+    const int second = static_cast<int>(block % outer);
+    item.group = static_cast<int>(block / outer);
+    item.head = p.heads_before_rows ? first : second;
+    item.row_block = p.heads_before_rows ? second : first;
     return item;
 }
 

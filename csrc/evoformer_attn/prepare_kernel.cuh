@@ -73,9 +73,13 @@ DS4SCI_DEVICE float pair_row_max(const T* row, int k_len, int lane) {
     return warp_max(maximum);
 }
 
+DS4SCI_DEVICE int64_t num_pair_rows(const KernelParams& p) {
+    return static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded;
+}
+
+// The largest element of one of num_pair_rows() rows; 0 if all are -inf, and past q_len.
 template <typename T>
-DS4SCI_DEVICE void prepare_pair_row(const KernelParams& p, int64_t row, int lane) {
-    if (row >= static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded) return;
+DS4SCI_DEVICE float pair_reference(const KernelParams& p, int64_t row, int lane) {
     const int q = static_cast<int>(row % p.q_len_padded);
     const int64_t head_row = row / p.q_len_padded;
     const int64_t offset =
@@ -83,7 +87,14 @@ DS4SCI_DEVICE void prepare_pair_row(const KernelParams& p, int64_t row, int lane
     const int k_len = q < p.q_len ? p.k_len : 0;
     const float maximum = p.pair_is_fp32() ? pair_row_max(static_cast<const float*>(p.pair_bias) + offset, k_len, lane)
                                            : pair_row_max(static_cast<const T*>(p.pair_bias) + offset, k_len, lane);
-    if (lane == 0) p.pair_max[row] = maximum == -INFINITY ? 0.f : maximum;
+    return maximum == -INFINITY ? 0.f : maximum;
+}
+
+template <typename T>
+DS4SCI_DEVICE void prepare_pair_row(const KernelParams& p, int64_t row, int lane) {
+    if (row >= num_pair_rows(p)) return;
+    const float reference = pair_reference<T>(p, row, lane);
+    if (lane == 0) p.pair_max[row] = reference;
 }
 
 struct KeepMask {
@@ -91,32 +102,38 @@ struct KeepMask {
 };
 DS4SCI_DEVICE float to_float(KeepMask mask) { return mask.keep != 0 ? 0.f : -INFINITY; }
 
-template <typename Source>
-DS4SCI_DEVICE void prepare_mask_row(const Source* source, int64_t stride, float* prepared, const KernelParams& p,
-                                    int lane) {
+// Calls write(key, mask - row max) for every key up to k_len_padded, -inf for those beyond k_len. Returns the row max,
+// -inf if no key is left.
+template <typename Source, typename Write>
+DS4SCI_DEVICE float visit_mask_row(const Source* source, int64_t stride, const KernelParams& p, int lane,
+                                   const Write& write) {
     float maximum = -INFINITY;
 #pragma unroll 4
     for (int key = lane; key < p.k_len; key += 32) maximum = fmaxf(maximum, to_float(source[key * stride]));
     maximum = warp_max(maximum);
-    if (maximum == -INFINITY) maximum = 0.f;
+    const float reference = maximum == -INFINITY ? 0.f : maximum;
 #pragma unroll 4
     for (int key = lane; key < p.k_len_padded; key += 32) {
-        prepared[key] = key < p.k_len ? to_float(source[key * stride]) - maximum : -INFINITY;
+        write(key, key < p.k_len ? to_float(source[key * stride]) - reference : -INFINITY);
     }
+    return maximum;
+}
+
+template <typename T, typename Write>
+DS4SCI_DEVICE float visit_mask_row(const KernelParams& p, int64_t row, int lane, const Write& write) {
+    const int64_t offset = row / p.mask_rows * p.mask_stride_b + row % p.mask_rows * p.mask_stride_n;
+    if (p.mask_dtype == kBool)
+        return visit_mask_row(static_cast<const KeepMask*>(p.mask_bias) + offset, p.mask_stride_k, p, lane, write);
+    if (p.mask_dtype == kFloat32)
+        return visit_mask_row(static_cast<const float*>(p.mask_bias) + offset, p.mask_stride_k, p, lane, write);
+    return visit_mask_row(static_cast<const T*>(p.mask_bias) + offset, p.mask_stride_k, p, lane, write);
 }
 
 template <typename T>
 DS4SCI_DEVICE void prepare_mask_row(const KernelParams& p, int64_t row, int lane) {
     if (row >= static_cast<int64_t>(p.mask_batch) * p.mask_rows) return;
-    const int64_t offset = row / p.mask_rows * p.mask_stride_b + row % p.mask_rows * p.mask_stride_n;
     float* prepared = p.mask + row * p.k_len_padded;
-    if (p.mask_dtype == kBool) {
-        prepare_mask_row(static_cast<const KeepMask*>(p.mask_bias) + offset, p.mask_stride_k, prepared, p, lane);
-    } else if (p.mask_dtype == kFloat32) {
-        prepare_mask_row(static_cast<const float*>(p.mask_bias) + offset, p.mask_stride_k, prepared, p, lane);
-    } else {
-        prepare_mask_row(static_cast<const T*>(p.mask_bias) + offset, p.mask_stride_k, prepared, p, lane);
-    }
+    visit_mask_row<T>(p, row, lane, [&](int key, float value) { prepared[key] = value; });
 }
 
 template <typename T>
@@ -136,41 +153,57 @@ DS4SCI_DEVICE float dot_chunk<float>(const uint4& a, const uint4& b) {
            bits_to_float(a.z) * bits_to_float(b.z) + bits_to_float(a.w) * bits_to_float(b.w);
 }
 
-// `vector` counts [B, N, q_len_padded, H]: neighbouring lanes read neighbouring heads, which are neighbours in memory.
+template <typename T>
+struct RowStats {
+    bool owner;                     // this lane writes
+    int64_t index;                  // in [B, N, H, q_len_padded]
+    typename LseType<T>::type lse;  // natural log; +inf where P must be 0
+    float delta;                    // 0 where there is no query
+
+    // Of one vector, which kLanesPerVector lanes share. `vector` counts [B, N, q_len_padded, H]: neighbouring lanes
+    // read neighbouring heads, which are neighbours in memory.
+    static DS4SCI_DEVICE RowStats of(const KernelParams& p, int64_t vector, int part) {
+        constexpr int kChunkElements = 16 / sizeof(T);
+        const int64_t position = vector / p.heads;
+        const int head = static_cast<int>(vector - position * p.heads);
+        const int row = static_cast<int>(position / p.q_len_padded);
+        const int q = static_cast<int>(position - static_cast<int64_t>(row) * p.q_len_padded);
+        const bool in_range = row < p.batch * p.rows;
+        RowStats stats{in_range && part == 0, (static_cast<int64_t>(row) * p.heads + head) * p.q_len_padded + q,
+                       INFINITY, 0.f};
+        if (in_range && q < p.q_len) {
+            const T* o =
+                static_cast<const T*>(p.o) + ((static_cast<int64_t>(row) * p.q_len + q) * p.heads + head) * p.head_dim;
+            const T* d_o = static_cast<const T*>(p.d_o) + row / p.rows * p.d_o_stride.b +
+                           row % p.rows * p.d_o_stride.n + q * p.d_o_stride.l + head * p.d_o_stride.h;
+            for (int d = part * kChunkElements; d < p.head_dim; d += kLanesPerVector * kChunkElements) {
+                stats.delta +=
+                    dot_chunk<T>(*reinterpret_cast<const uint4*>(o + d), *reinterpret_cast<const uint4*>(d_o + d));
+            }
+        }
+        stats.delta += shfl_xor(stats.delta, 1);
+        stats.delta += shfl_xor(stats.delta, 2);
+        if (stats.owner && q < p.q_len) {
+            using Lse = typename LseType<T>::type;
+            stats.lse = static_cast<const Lse*>(p.lse)[(static_cast<int64_t>(row) * p.heads + head) * p.q_len + q];
+            // A row without keys has lse = -inf; +inf makes its P = exp(x - lse) zero. So does a row whose every key
+            // is dropped by a finite bias, one half by the mask, the other by the pair bias: an fp32 lse no longer
+            // tells its keys apart.
+            if (stats.lse == -INFINITY || (sizeof(Lse) == 4 && stats.lse < -1e7f)) stats.lse = INFINITY;
+        }
+        return stats;
+    }
+};
+
 template <typename T>
 DS4SCI_DEVICE void prepare_row_stats(const KernelParams& p, int64_t vector, int part) {
-    constexpr int kChunkElements = 16 / sizeof(T);
-    const bool in_range = vector < static_cast<int64_t>(p.batch) * p.rows * p.q_len_padded * p.heads;
-    const int head = static_cast<int>(vector % p.heads);
-    const int64_t position = vector / p.heads;
-    const int q = static_cast<int>(position % p.q_len_padded);
-    const int64_t row = position / p.q_len_padded;
-    float delta = 0.f;
-    if (in_range && q < p.q_len) {
-        const T* o = static_cast<const T*>(p.o) + ((row * p.q_len + q) * p.heads + head) * p.head_dim;
-        const T* d_o = static_cast<const T*>(p.d_o) + row / p.rows * p.d_o_stride.b + row % p.rows * p.d_o_stride.n +
-                       q * p.d_o_stride.l + head * p.d_o_stride.h;
-        for (int d = part * kChunkElements; d < p.head_dim; d += kLanesPerVector * kChunkElements) {
-            delta += dot_chunk<T>(*reinterpret_cast<const uint4*>(o + d), *reinterpret_cast<const uint4*>(d_o + d));
-        }
-    }
-    delta += shfl_xor(delta, 1);
-    delta += shfl_xor(delta, 2);
-    if (!in_range || part != 0) return;
+    const RowStats<T> stats = RowStats<T>::of(p, vector, part);
+    if (!stats.owner) return;
     using Lse = typename LseType<T>::type;
-    Lse lse = INFINITY;
-    if (q < p.q_len) {
-        lse = static_cast<const Lse*>(p.lse)[(row * p.heads + head) * p.q_len + q];
-        // A row without keys has lse = -inf; +inf makes its P = exp(x - lse) zero. So does a row whose every key is
-        // dropped by a finite bias, one half by the mask, the other by the pair bias: an fp32 lse no longer tells its
-        // keys apart.
-        const bool empty = lse == -INFINITY || (sizeof(Lse) == 4 && lse < -1e7f);
-        lse = empty ? static_cast<Lse>(INFINITY) : lse * static_cast<Lse>(1.4426950408889634074);
-    }
-    const int64_t index = (row * p.heads + head) * p.q_len_padded + q;
+    const Lse lse = stats.lse * static_cast<Lse>(1.4426950408889634074);
     const float lse_high = static_cast<float>(lse);
-    p.row_stats[index] = make_float2(lse_high, delta);
-    if (p.lse_low != nullptr) p.lse_low[index] = lse_high == INFINITY ? 0.f : static_cast<float>(lse - lse_high);
+    p.row_stats[stats.index] = make_float2(lse_high, stats.delta);
+    if (p.lse_low != nullptr) p.lse_low[stats.index] = lse_high == INFINITY ? 0.f : static_cast<float>(lse - lse_high);
 }
 
 template <typename T>

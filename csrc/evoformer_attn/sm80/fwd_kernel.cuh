@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kMinBlocks)
     const int quad = lane >> 2;
 
     const WorkItem item =
-        decode_work_item(blockIdx.x, ceil_div(p.q_len, Tile::kBlockM), ceil_div(p.rows_per_group, kRows), p.heads);
+        decode_work_item(blockIdx.x, ceil_div(p.q_len, Tile::kBlockM), ceil_div(p.rows_per_group, kRows), p);
     const int q0 = item.tile * Tile::kBlockM;
     const bool has_pair = p.pair_bias != nullptr, has_mask = p.mask != nullptr;
     const int pair_bytes = p.pair_element_bytes(), pitch = bias_pitch(Tile::kBlockN, pair_bytes);

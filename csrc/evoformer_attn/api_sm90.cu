@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Hopper kernels' entry points; the same arguments and results as those of api.cu.
+#include "entry.h"
+#include "sm90/launch.h"
+#include "sm90/tensor_maps.h"
+
+namespace ds4sci {
+namespace {
+
+// What these kernels do not take, and another implementation does.
+int32_t check_sm90(const EvoformerParams& p) {
+    if (p.dtype != kFloat16 && p.dtype != kBFloat16) return kInvalidDtype;
+    if (p.pair_bias != nullptr && p.pair_dtype != p.dtype) return kInvalidDtype;
+    if (p.head_dim > 64) return kInvalidHeadDim;
+    if (!(p.softmax_scale > 0.f)) return kInvalidArgument;
+    return 0;
+}
+
+Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_t* workspace_bytes) {
+    Sm90Params p{};
+    static_cast<KernelParams&>(p) = basic_kernel_params(params);
+    if (!backward) p.d_o = nullptr;
+    WorkspaceCursor cursor{static_cast<unsigned char*>(params.workspace)};
+    p.key_aux = cursor.take<uint4>(p.num_key_rows() * p.k_len_padded);
+    if (p.pair_bias != nullptr) {
+        const int64_t pair_rows = static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded;
+        p.pair_max = cursor.take<float>(pair_rows);
+        p.pair_ref = cursor.take<float>(pair_rows);
+    }
+    if (backward) {
+        const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;
+        p.query_aux = cursor.take<uint4>(vectors);
+        p.delta = cursor.take<float>(vectors);
+    } else {
+        const int64_t items = static_cast<int64_t>(ceil_div(p.q_len, 2 * 64)) *
+                              ceil_div(p.rows_per_group, sm90_rows_per_block(p.head_dim)) * p.heads * p.num_groups;
+        p.num_items = static_cast<int32_t>(items);
+        p.row_kept = cursor.take<uint32_t>(p.num_key_rows());
+        p.redo = cursor.take<uint32_t>(items + 1);
+    }
+    if (workspace_bytes != nullptr) *workspace_bytes = cursor.used;
+    return p;
+}
+
+}  // namespace
+}  // namespace ds4sci
+
+using namespace ds4sci;
+
+#define DS4SCI_SM90_DTYPE_SWITCH(DTYPE, ...)                                                                          \
+    [&]() -> int32_t {                                                                                                \
+        if ((DTYPE) == kFloat16) {                                                                                    \
+            using T = fp16;                                                                                           \
+            return __VA_ARGS__();                                                                                     \
+        }                                                                                                             \
+        using T = bf16;                                                                                               \
+        return __VA_ARGS__();                                                                                         \
+    }()
+#define DS4SCI_SM90_HEAD_DIM_SWITCH(HEAD_DIM, ...)                                                                    \
+    [&]() -> int32_t {                                                                                                \
+        if ((HEAD_DIM) <= 16) {                                                                                       \
+            constexpr int kHeadDim = 16;                                                                              \
+            return __VA_ARGS__();                                                                                     \
+        }                                                                                                             \
+        if ((HEAD_DIM) <= 32) {                                                                                       \
+            constexpr int kHeadDim = 32;                                                                              \
+            return __VA_ARGS__();                                                                                     \
+        }                                                                                                             \
+        constexpr int kHeadDim = 64;                                                                                  \
+        return __VA_ARGS__();                                                                                         \
+    }()
+
+extern "C" int64_t ds4sci_evoformer_sm90_workspace_bytes(const EvoformerParams* params, int32_t backward) {
+    int64_t bytes = 0;
+    make_sm90_params(*params, backward != 0, &bytes);
+    return bytes;
+}
+
+extern "C" int32_t ds4sci_evoformer_sm90_dpair_splits(const EvoformerParams* params, int32_t num_sms) {
+    if (params->pair_bias == nullptr) return 1;
+    const KernelParams p = basic_kernel_params(*params);
+    const int64_t blocks =
+        static_cast<int64_t>(ceil_div(p.q_len, 128)) * ceil_div(p.k_len, 128) * p.heads * p.num_groups;
+    const int64_t copy_bytes = static_cast<int64_t>(p.num_groups) * p.heads * p.q_len * p.k_len * 4;
+    // The fewest shares that keep nine tenths of the multiprocessors busy, else those that keep the most; each costs
+    // an fp32 copy of the gradient, so at most 64 MiB of them.
+    int32_t best = 1;
+    double best_use = 0.;
+    for (int32_t splits = 1; splits <= 32 && splits <= p.rows_per_group; ++splits) {
+        if (splits > 1 && splits * copy_bytes > static_cast<int64_t>(64) << 20) break;
+        const int64_t waves = ceil_div<int64_t>(blocks * splits, num_sms);
+        const double use = static_cast<double>(blocks * splits) / static_cast<double>(waves * num_sms);
+        if (use > best_use) {
+            best = splits;
+            best_use = use;
+        }
+        if (best_use >= 0.9) break;
+    }
+    return best;
+}
+
+extern "C" int32_t ds4sci_evoformer_sm90_fwd(const EvoformerParams* params) {
+    if (const int32_t status = check(*params)) return status;
+    if (const int32_t status = check_sm90(*params)) return status;
+    Sm90Params p = make_sm90_params(*params, false, nullptr);
+    return DS4SCI_SM90_DTYPE_SWITCH(p.dtype, [&] {
+        return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
+            cudaError_t status = encode_maps(p, kHeadDim);
+            if (status == cudaSuccess) status = run_sm90_prepare<T>(p);
+            if (status == cudaSuccess) status = run_sm90_fwd<T, kHeadDim>(p);
+            return static_cast<int32_t>(status);
+        });
+    });
+}
+
+extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
+    if (const int32_t status = check_backward(*params)) return status;
+    if (const int32_t status = check_sm90(*params)) return status;
+    Sm90Params p = make_sm90_params(*params, true, nullptr);
+    return DS4SCI_SM90_DTYPE_SWITCH(p.dtype, [&] {
+        return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
+            cudaError_t status = encode_maps(p, kHeadDim);
+            if (status == cudaSuccess) status = run_sm90_prepare<T>(p);
+            if (status == cudaSuccess && p.dpair_bias != nullptr) status = run_sm90_bwd_dpair<T, kHeadDim>(p);
+            if (status == cudaSuccess && p.dq != nullptr) status = run_sm90_bwd_dq<T, kHeadDim>(p);
+            if (status == cudaSuccess && (p.dk != nullptr || p.dmask_bias != nullptr))
+                status = run_sm90_bwd_dkv<T, kHeadDim>(p);
+            return static_cast<int32_t>(status);
+        });
+    });
+}

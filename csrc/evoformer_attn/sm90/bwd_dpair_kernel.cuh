@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// d(pair_bias) = sum over rows n of dS on Hopper. A block owns 128 queries x 128 keys of one head, a warpgroup a
+// quarter of them; the sum stays in registers over all rows of the block's share, in their order.
+#pragma once
+#include "bias.h"
+#include "sm90/tile_config.h"
+
+namespace ds4sci {
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
+    evoformer_sm90_bwd_dpair_kernel(const __grid_constant__ Sm90Params p) {
+    DS4SCI_DYNAMIC_SMEM(smem_base);
+    using Tile = Sm90BwdDpairTile<kHeadDim>;
+    using Rows = RowTile<kHeadDim>;
+    const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
+    check_smem_base(smem_base);
+    Ring<Tile::kStages> ring{static_cast<uint32_t>(Tile::kBarrierOffset)};
+    const uint32_t bias_barrier = ring.barriers + ring.kBytes;
+    if (threadIdx.x == 0) {
+        ring.init(ring.barriers, Tile::kConsumerWarps);
+        mbarrier_init(bias_barrier, 1);
+        mbarrier_init_fence();
+    }
+    block_sync();
+
+    // Key blocks run fastest, so that blocks that run together share Q and dO in L2.
+    const int num_k_blocks = ceil_div(p.k_len, Tile::kPositions), num_q_blocks = ceil_div(p.q_len, Tile::kPositions);
+    uint32_t block = blockIdx.x;
+    const int key0 = block % num_k_blocks * Tile::kPositions;
+    block /= num_k_blocks;
+    const int q0 = block % num_q_blocks * Tile::kPositions;
+    block /= num_q_blocks;
+    const int head = block % p.heads;
+    block /= p.heads;
+    const int group = block % p.num_groups, split = block / p.num_groups;
+    const int first = static_cast<int64_t>(p.rows_per_group) * split / p.dpair_splits;
+    const int last = static_cast<int64_t>(p.rows_per_group) * (split + 1) / p.dpair_splits;
+
+    if (warp >= Tile::kConsumerWarps) {
+        release_registers<Tile::kProducerRegisters>();
+        if (warp != Tile::kConsumerWarps || lane != 0) return;
+        mbarrier_arrive_expect(bias_barrier, 4 * kBiasTileBytes);
+        for (int i = 0; i < 4; ++i)
+            tma_load(Tile::kBiasOffset + i * kBiasTileBytes, &p.pair_map, bias_barrier, key0 + i / 2 * kTileRows,
+                     q0 + i % 2 * kTileRows, p.pair_heads == 1 ? 0 : head, p.pair_batch == 1 ? 0 : group);
+        for (int n = first; n < last; ++n) {
+            const RowLocation row = RowLocation::of(p, group, n);
+            const int64_t stat = row.head_row(p, head) * p.q_len_padded + q0;
+            const uint32_t stage = kSmemBase + ring.stage * Tile::kStageBytes, barrier = ring.full();
+            ring.wait_empty();
+            ring.announce(Tile::kFilledBytes);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int q = q0 + half * kTileRows, key = key0 + half * kTileRows;
+                const uint32_t tile = stage + half * Tile::kTileBytes;
+                tma_load(tile + Tile::kQueryOffset, &p.q_map, barrier, 0, q, head, row.n, row.b);
+                tma_load(tile + Tile::kDOOffset, &p.d_o_map, barrier, 0, q, head, row.n, row.b);
+                tma_load(tile + Tile::kKeyOffset, &p.k_map, barrier, 0, key, head, row.n, row.b);
+                tma_load(tile + Tile::kValueOffset, &p.v_map, barrier, 0, key, head, row.n, row.b);
+            }
+            bulk_load(stage + Tile::kQueryAuxOffset, p.query_aux + stat, 2 * kAuxTileBytes, barrier);
+            bulk_load(stage + Tile::kKeyAuxOffset, p.key_aux + p.key_row(row.b, row.n) * p.k_len_padded + key0,
+                      2 * kAuxTileBytes, barrier);
+            bulk_load(stage + Tile::kDeltaOffset, p.delta + stat, Tile::kPositions * 4, barrier);
+            ring.advance();
+        }
+    } else {
+        take_registers<Tile::kConsumerRegisters>();
+        const int warpgroup = warp / 4, warp_row = warp % 4 * 16;
+        const int q_half = warpgroup % 2, key_half = warpgroup / 2;
+        const int quad = lane >> 2, pair = lane & 3;
+        const uint32_t bias_address =
+            kept(Tile::kBiasOffset + warpgroup * kBiasTileBytes + bias_fragment(warp_row, lane));
+        const float scale_log2 = p.softmax_scale * kLog2E;
+        const int q = q_half * kTileRows + warp_row + quad;  // within the block: this lane's first query, then + 8
+        const float* refs = pair_row(p, p.pair_ref, {0, 0, head, group}) + q0 + q;
+        const float ref[2] = {refs[0], refs[8]};
+        const uint32_t query_tile = kSmemBase + q_half * Tile::kTileBytes;
+        const uint32_t key_tile = kSmemBase + key_half * Tile::kTileBytes;
+        const MatrixOperand query_tiles = Rows::over_dim(query_tile + Tile::kQueryOffset);
+        const MatrixOperand key_tiles = Rows::over_dim(key_tile + Tile::kKeyOffset);
+        const MatrixOperand aux_tiles = aux_operand(kSmemBase + Tile::kKeyAuxOffset + key_half * kAuxTileBytes);
+        const uint32_t query_aux = kept(kSmemBase + Tile::kQueryAuxOffset + q * 16 + pair * 4);
+        const uint32_t deltas = kept(kSmemBase + Tile::kDeltaOffset + q * 4);
+        float sum[8][4];
+        zero_bias(sum);
+        mbarrier_wait(bias_barrier, 0);
+        for (int n = first; n < last; ++n) {
+            const uint32_t offset = ring.stage * Tile::kStageBytes;
+            ring.wait_full();
+            const uint32_t aux[4] = {lds_u32(query_aux + offset), lds_u32(query_aux + offset + 128), 0u, 0u};
+            const float delta[2] = {lds_f32(deltas + offset), lds_f32(deltas + offset + 32)};
+            // 32 keys at a time: S and dP of 64 would not fit beside the sums.
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                const MatrixOperand queries = query_tiles.plus(offset);
+                const MatrixOperand keys = key_tiles.plus(offset + part * Tile::kTileBytes / 2);
+                float s[4][4], dp[4][4];
+                wgmma_fence();
+                Rows::template product_abt<T>(s, queries, keys);
+                wgmma_rs<bf16, false>(s, aux, aux_tiles.plus(offset + part * kAuxTileBytes / 2));
+                Rows::template product_abt<T>(dp, queries.plus(Tile::kDOOffset - Tile::kQueryOffset),
+                                              keys.plus(Tile::kValueOffset - Tile::kKeyOffset));
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_complete(s);
+                wgmma_complete(dp);
+                if (part == 1) mbarrier_arrive_if(ring.empty(), lane == 0);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    uint32_t bias[4];
+                    ldmatrix_x4(bias, bias_address ^ (part * 64 + i * 32));
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const int tile = 2 * i + j;
+                        float (&total)[4] = sum[part * 4 + tile];
+                        const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
+                        const float b[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const float probability =
+                                exp2_approx(fmaf(s[tile][e], scale_log2, fmaf(b[e], kLog2E, -ref[e / 2])));
+                            total[e] = fmaf(probability, dp[tile][e] - delta[e / 2], total[e]);
+                        }
+                    }
+                }
+            }
+            ring.advance();
+        }
+        float* out =
+            p.dpair_bias +
+            (((static_cast<int64_t>(split) * p.num_groups + group) * p.heads + head) * p.q_len + q0 + q) * p.k_len +
+            key0 + key_half * kTileRows + pair * 2;
+        const int valid_rows = p.q_len - q0 - q, valid_keys = p.k_len - key0 - key_half * kTileRows - pair * 2;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                if (e / 2 * 8 < valid_rows && j * 8 + e % 2 < valid_keys)
+                    out[static_cast<int64_t>(e / 2 * 8) * p.k_len + j * 8 + e % 2] = sum[j][e];
+            }
+        }
+    }
+}
+
+}  // namespace ds4sci

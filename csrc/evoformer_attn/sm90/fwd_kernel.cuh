@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward on Hopper: o = softmax(scale q k^T + mask_bias + pair_bias) v for 128 queries of a few rows.
+//
+// bf16 takes no running maximum: P = exp2(s - c) with c the row maximum of the pair bias is exact softmax as long as
+// the row sums stay in range, since P has fp32's range of exponents. A row out of range marks its work item, and the
+// same kernel with the online softmax, launched next, computes marked items again; it returns at once if there are
+// none. fp16 cannot hold such P and always runs online.
+#pragma once
+#include "bias.h"
+#include "sm90/key_stage.cuh"
+#include "softmax.h"
+
+namespace ds4sci {
+
+// The softmax state of one warp's 16 rows without a running maximum; interface of OnlineSoftmax.
+struct StaticSoftmax {
+    float sum[2];  // this lane's share of the sums of rows quad, quad + 8
+
+    DS4SCI_DEVICE void reset() { sum[0] = sum[1] = 0.f; }
+    DS4SCI_DEVICE void finish() {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sum[i] += shfl_xor(sum[i], 1);
+            sum[i] += shfl_xor(sum[i], 2);
+        }
+    }
+    DS4SCI_DEVICE float normaliser(int i) const { return sum[i] == 0.f ? 0.f : 1.f / sum[i]; }
+    template <typename Lse>
+    DS4SCI_DEVICE Lse lse(int i) const {
+        return sum[i] == 0.f ? -INFINITY : log2f(sum[i]) * kLn2;
+    }
+    // Far from where a term or the sum leaves fp32's range; false for NaN.
+    DS4SCI_DEVICE bool in_range(int i) const { return sum[i] > 0x1p-80f && sum[i] < 0x1p100f; }
+};
+
+// Whether the mask keeps any key of a warpgroup's row. A row without keys is 0, as it should be.
+template <typename Tile>
+DS4SCI_DEVICE bool keeps_a_key(const Sm90Params& p, int index, int warpgroup) {
+    const WorkItem item =
+        decode_work_item(index, ceil_div(p.q_len, Tile::kPositions), ceil_div(p.rows_per_group, Tile::kRows), p);
+    const RowLocation row = RowLocation::of(p, item.group, item.row_block * Tile::kRows + warpgroup);
+    return p.row_kept[p.key_row(row.b, row.n)] != 0;
+}
+
+template <typename T, int kHeadDim, bool kPair, bool kOnline>
+__global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
+    evoformer_sm90_fwd_kernel(const __grid_constant__ Sm90Params p, bool marked_items_only) {
+    DS4SCI_DYNAMIC_SMEM(smem_base);
+    using Tile = Sm90FwdTile<kHeadDim, kPair>;
+    using Rows = RowTile<kHeadDim>;
+    if (marked_items_only && p.redo[0] == 0) return;
+    const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
+    Tile::init(smem_base);
+    auto ring = Tile::ring();
+
+    const int num_k_tiles = ceil_div(p.k_len, kTileRows);
+    auto skips = [&](int item) { return marked_items_only && p.redo[1 + item] == 0; };
+
+    if (warp >= Tile::kConsumerWarps) {
+        release_registers<Tile::kProducerRegisters>();
+        if (warp != Tile::kConsumerWarps || lane != 0) return;
+        const int num_q_blocks = ceil_div(p.q_len, Tile::kPositions);
+        const int num_row_blocks = ceil_div(p.rows_per_group, Tile::kRows);
+        typename Tile::OwnRing queries = Tile::own_ring(0);  // those of all warpgroups move together
+        for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
+            if (skips(index)) continue;
+            const WorkItem item = decode_work_item(index, num_q_blocks, num_row_blocks, p);
+            const int q0 = item.tile * Tile::kPositions;
+            RowLocation rows[Tile::kRows];
+#pragma unroll
+            for (int r = 0; r < Tile::kRows; ++r) {
+                rows[r] = RowLocation::of(p, item.group, item.row_block * Tile::kRows + r);
+                const RowCoordinates at = RowCoordinates::of(p, rows[r]);
+                queries.barriers = Tile::own_ring(r).barriers;
+                queries.wait_empty();
+                ItemRecord record{};
+                record.out = rows[r].template out<T>(p, p.o, p.q_len, item.head) +
+                             static_cast<int64_t>(q0) * p.heads * p.head_dim;
+                record.vector_out = static_cast<float*>(p.lse) + rows[r].head_row(p, item.head) * p.q_len + q0;
+                record.valid = rows[r].valid ? p.q_len - q0 : 0;
+                record.index = index;
+                store_record(Tile::record(r, queries.stage), record);
+                queries.announce(2 * Tile::kTileBytes + Tile::kRefsBytes);
+                const uint32_t tile = Tile::own_tiles(r, queries.stage);
+                tma_load(tile, &p.q_map, queries.full(), 0, q0, item.head, at.n, at.b);
+                tma_load(tile + Tile::kTileBytes, &p.q_map, queries.full(), 0, q0 + kTileRows, item.head, at.n, at.b);
+                if (kPair)
+                    bulk_load(tile + Tile::kRefsOffset, pair_row(p, kOnline ? p.pair_max : p.pair_ref, item) + q0,
+                              Tile::kRefsBytes, queries.full());
+            }
+            queries.advance();
+            const int pair_head = p.pair_heads == 1 ? 0 : item.head, pair_group = p.pair_batch == 1 ? 0 : item.group;
+            for (int k_tile = 0; k_tile < num_k_tiles; ++k_tile) {
+                ring.wait_empty();
+                ring.announce(Tile::kStageBytes);
+                load_key_stage<Tile>(p, Tile::stage(ring.stage), ring.full(), rows, k_tile * kTileRows, q0, item.head,
+                                     pair_head, pair_group);
+                ring.advance();
+            }
+        }
+    } else {
+        take_registers<Tile::kConsumerRegisters>();
+        const int warpgroup = warp / 4, warp_row = warp % 4 * 16;
+        const int quad = lane >> 2, pair = lane & 3;
+        // The query side of the auxiliary product: three ones.
+        const uint32_t ones = pair == 0 ? 0x3f803f80u : pair == 1 ? 0x00003f80u : 0u;
+        const uint32_t query_aux[4] = {ones, ones, 0u, 0u};
+        const float scale = kOnline ? p.softmax_scale : p.softmax_scale * kLog2E;
+        const MatrixOperand query_tiles = Rows::over_dim(Tile::own_tiles(warpgroup, 0));
+        const MatrixOperand key_tiles = Rows::over_dim(Tile::key_tile(kSmemBase, warpgroup));
+        const MatrixOperand value_tiles = Rows::over_positions(Tile::value_tile(kSmemBase, warpgroup));
+        const MatrixOperand aux_tiles = aux_operand(Tile::aux_tile(kSmemBase, warpgroup));
+        const uint32_t bias_tiles = kept(kSmemBase + bias_fragment(warp_row, lane));
+        typename Tile::OwnRing queries = Tile::own_ring(warpgroup);
+
+        for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
+            if (skips(index)) continue;
+            float o[2][kHeadDim / 8][4];
+            using Softmax = std::conditional_t<kOnline, OnlineSoftmax, StaticSoftmax>;
+            Softmax softmax[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                softmax[half].reset();
+                zero_bias(o[half]);
+            }
+            queries.wait_full();
+            // Of queries quad and quad + 8 of this warp, in either tile.
+            float ref[2][2] = {};
+            if (kPair) {
+                const uint32_t refs =
+                    Tile::own_tiles(warpgroup, queries.stage) + Tile::kRefsOffset + (warp_row + quad) * 4;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) ref[i / 2][i % 2] = lds_f32(refs + (i / 2 * kTileRows + i % 2 * 8) * 4);
+            }
+            const MatrixOperand query_tile = query_tiles.plus(queries.stage * Tile::kBufferBytes);
+            auto start_logits = [&](float (&s)[8][4], int half, int stage) {
+                const uint32_t offset = stage * Tile::kStageBytes;
+                wgmma_fence();
+                Rows::template product_abt<T>(s, query_tile.plus(half * Tile::kTileBytes), key_tiles.plus(offset));
+                wgmma_rs<bf16, false>(s, query_aux, aux_tiles.plus(offset));
+                wgmma_commit();
+            };
+            // Logits to unnormalised probabilities; for the online softmax, to logits with biases.
+            auto add_bias = [&](float (&s)[8][4], int half, int stage) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    uint32_t bias[4] = {0, 0, 0, 0};
+                    if (kPair)
+                        ldmatrix_x4(bias, (bias_tiles + stage * Tile::kStageBytes + half * kBiasTileBytes) ^ (i * 32));
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        float (&x)[4] = s[2 * i + j];
+                        const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
+                        const float b[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            if constexpr (kOnline) {
+                                x[e] = fmaf(x[e], scale, b[e] - ref[half][e / 2]);
+                            } else {
+                                x[e] = exp2_approx(kPair ? fmaf(x[e], scale, fmaf(b[e], kLog2E, -ref[half][e / 2]))
+                                                         : x[e] * scale);
+                                softmax[half].sum[e / 2] += x[e];
+                            }
+                        }
+                    }
+                }
+            };
+            auto start_output = [&](float (&s)[8][4], uint32_t (&packed)[4][4], int half, int stage) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) pack_operand<T>(packed[i], s[2 * i], s[2 * i + 1]);
+                wgmma_fence();
+                Rows::template product_pb<T>(o[half], packed, value_tiles.plus(stage * Tile::kStageBytes));
+                wgmma_commit();
+            };
+
+            uint32_t finished_stage = 0;  // its values are read until the next wait
+            if constexpr (kOnline) {
+                for (int k_tile = 0; k_tile < num_k_tiles; ++k_tile) {
+                    ring.wait_full();
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        float s[8][4];
+                        uint32_t packed[4][4];
+                        start_logits(s, half, ring.stage);
+                        wgmma_wait<0>();  // the output is rescaled, so nothing may be on its way
+                        wgmma_complete(s);
+                        wgmma_complete(o[0]);
+                        wgmma_complete(o[1]);
+                        if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
+                        add_bias(s, half, ring.stage);
+                        softmax[half].update(s, o[half]);
+                        start_output(s, packed, half, ring.stage);
+                    }
+                    finished_stage = ring.empty();
+                    ring.advance();
+                }
+            } else {
+                // While the exponentials of one tile of logits run, the tensor cores compute the next one and the
+                // output of the one before.
+                float s[2][8][4];
+                ring.wait_full();
+                start_logits(s[0], 0, ring.stage);
+                wgmma_wait<0>();
+                wgmma_complete(s[0]);
+                for (int k_tile = 0; k_tile < num_k_tiles; ++k_tile) {
+                    auto next = ring;
+                    next.advance();
+                    const bool last = k_tile + 1 == num_k_tiles;
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        uint32_t packed[4][4];
+                        if (half == 1 && !last) next.wait_full();
+                        // The last step computes a tile again that nobody reads: a product under a condition would
+                        // serialise all.
+                        start_logits(s[half ^ 1], half ^ 1, half == 0 || last ? ring.stage : next.stage);
+                        add_bias(s[half], half, ring.stage);
+                        wgmma_wait<1>();
+                        wgmma_complete(o[half ^ 1]);
+                        if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
+                        start_output(s[half], packed, half, ring.stage);
+                        wgmma_wait<1>();
+                        wgmma_complete(s[half ^ 1]);
+                    }
+                    finished_stage = ring.empty();
+                    ring = next;
+                }
+            }
+            const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, queries.stage));
+            wgmma_wait<0>();
+            wgmma_complete(o[0]);
+            wgmma_complete(o[1]);
+            mbarrier_arrive_if(finished_stage, lane == 0);
+            mbarrier_arrive_if(queries.empty(), lane == 0);
+            queries.advance();
+
+            const int64_t stride = static_cast<int64_t>(p.heads) * p.head_dim;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int q = half * kTileRows + warp_row, valid = record.valid - q;
+                softmax[half].finish();
+                store_rows<T, kHeadDim>(static_cast<T*>(record.out) + q * stride, stride, valid, p.head_dim, o[half],
+                                        softmax[half].normaliser(0), softmax[half].normaliser(1), lane);
+                if (pair == 0) {
+                    float* lse = record.vector_out + q;
+                    if (quad < valid) lse[quad] = softmax[half].template lse<float>(0);
+                    if (quad + 8 < valid) lse[quad + 8] = softmax[half].template lse<float>(1);
+                }
+                if constexpr (!kOnline) {
+                    const bool out_of_range = (quad < valid && !softmax[half].in_range(0)) ||
+                                              (quad + 8 < valid && !softmax[half].in_range(1));
+                    if (out_of_range && keeps_a_key<Tile>(p, record.index, warpgroup))
+                        p.redo[0] = p.redo[1 + record.index] = 1;
+                }
+            }
+        }
+    }
+}
+
+}  // namespace ds4sci

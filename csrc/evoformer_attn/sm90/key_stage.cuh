@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the forward and the dQ kernel stream: the pair bias, K, V and the key side of the auxiliary product.
+#pragma once
+#include "sm90/tile_config.h"
+
+namespace ds4sci {
+
+// By one thread. Fills a stage with 64 keys from `key` on for the queries from q0 on.
+template <typename Tile>
+DS4SCI_DEVICE void load_key_stage(const Sm90Params& p, uint32_t stage, uint32_t barrier,
+                                  const RowLocation (&rows)[Tile::kRows], int key, int q0, int head, int pair_head,
+                                  int pair_group) {
+    if (Tile::kBiasBytes > 0) {
+        tma_load(stage, &p.pair_map, barrier, key, q0, pair_head, pair_group);
+        tma_load(stage + kBiasTileBytes, &p.pair_map, barrier, key, q0 + kTileRows, pair_head, pair_group);
+    }
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) {
+        const RowCoordinates at = RowCoordinates::of(p, rows[r]);
+        tma_load(Tile::key_tile(stage, r), &p.k_map, barrier, 0, key, head, at.n, at.b);
+        tma_load(Tile::value_tile(stage, r), &p.v_map, barrier, 0, key, head, at.n, at.b);
+        bulk_load(Tile::aux_tile(stage, r), p.key_aux + p.key_row(rows[r].b, rows[r].n) * p.k_len_padded + key,
+                  kAuxTileBytes, barrier);
+    }
+}
+
+}  // namespace ds4sci

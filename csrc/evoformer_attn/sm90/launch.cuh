@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Grids of the Hopper kernels, one function per kernel.
+#pragma once
+#include "sm90/bwd_dkv_kernel.cuh"
+#include "sm90/bwd_dpair_kernel.cuh"
+#include "sm90/bwd_dq_kernel.cuh"
+#include "sm90/fwd_kernel.cuh"
+#include "sm90/launch.h"
+#include "sm90/prepare_kernel.cuh"
+
+namespace ds4sci {
+
+// One block per multiprocessor; each takes every n-th work item.
+template <typename Tile, typename... Arguments>
+cudaError_t launch_persistent(void (*kernel)(Sm90Params, Arguments...), int64_t num_items, const Sm90Params& p,
+                              Arguments... arguments) {
+    if (num_items > 2147483647) return cudaErrorInvalidConfiguration;
+    int device = 0, num_sms = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    if (status != cudaSuccess) return status;
+    return launch_kernel(kernel, num_items < num_sms ? num_items : num_sms, Tile::kThreads, Tile::kSmemBytes, p.stream,
+                         p, arguments...);
+}
+
+template <typename Tile>
+int64_t num_position_items(const KernelParams& p, int length) {
+    return static_cast<int64_t>(ceil_div(length, Tile::kPositions)) * ceil_div(p.rows_per_group, Tile::kRows) *
+           p.heads * p.num_groups;
+}
+
+template <typename T>
+cudaError_t run_sm90_prepare(const Sm90Params& p) {
+    const Sm90PrepareBlocks blocks = Sm90PrepareBlocks::of(p);
+    return launch_kernel(&sm90_prepare_kernel<T>, blocks.pair + blocks.key + blocks.vectors + blocks.marks,
+                         kPrepareThreads, 0, p.stream, p);
+}
+
+template <typename T, int kHeadDim, bool kPair>
+cudaError_t launch_sm90_fwd(const Sm90Params& p) {
+    using Tile = Sm90FwdTile<kHeadDim, kPair>;
+    static_assert(Tile::kRows == sm90_rows_per_block(kHeadDim), "work items are counted before they are run");
+    cudaError_t status = cudaSuccess;
+    if constexpr (kIsBf16<T>)
+        status = launch_persistent<Tile>(&evoformer_sm90_fwd_kernel<T, kHeadDim, kPair, false>, p.num_items, p, false);
+    if (status != cudaSuccess) return status;
+    return launch_persistent<Tile>(&evoformer_sm90_fwd_kernel<T, kHeadDim, kPair, true>, p.num_items, p, kIsBf16<T>);
+}
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_fwd(const Sm90Params& p) {
+    return p.pair_bias != nullptr ? launch_sm90_fwd<T, kHeadDim, true>(p) : launch_sm90_fwd<T, kHeadDim, false>(p);
+}
+
+template <typename T, int kHeadDim, bool kPair>
+cudaError_t launch_sm90_bwd_dq(const Sm90Params& p) {
+    using Tile = Sm90BwdDqTile<kHeadDim, kPair>;
+    return launch_persistent<Tile>(&evoformer_sm90_bwd_dq_kernel<T, kHeadDim, kPair>,
+                                   num_position_items<Tile>(p, p.q_len), p);
+}
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_dq(const Sm90Params& p) {
+    return p.pair_bias != nullptr ? launch_sm90_bwd_dq<T, kHeadDim, true>(p)
+                                  : launch_sm90_bwd_dq<T, kHeadDim, false>(p);
+}
+
+template <typename T, int kHeadDim, bool kPair>
+cudaError_t launch_sm90_bwd_dkv(const Sm90Params& p) {
+    using Tile = Sm90BwdDkvTile<kHeadDim, kPair>;
+    const int64_t num_items = static_cast<int64_t>(ceil_div(p.k_len, KeyBlock<kHeadDim>::kPositions)) *
+                              ceil_div(p.rows_per_group, KeyBlock<kHeadDim>::kRows) * p.heads * p.num_groups;
+    return launch_persistent<Tile>(&evoformer_sm90_bwd_dkv_kernel<T, kHeadDim, kPair>, num_items, p);
+}
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_dkv(const Sm90Params& p) {
+    return p.pair_bias != nullptr ? launch_sm90_bwd_dkv<T, kHeadDim, true>(p)
+                                  : launch_sm90_bwd_dkv<T, kHeadDim, false>(p);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_dpair(const Sm90Params& p) {
+    using Tile = Sm90BwdDpairTile<kHeadDim>;
+    const int64_t tiles =
+        static_cast<int64_t>(ceil_div(p.q_len, Tile::kPositions)) * ceil_div(p.k_len, Tile::kPositions);
+    return launch_kernel(&evoformer_sm90_bwd_dpair_kernel<T, kHeadDim>,
+                         tiles * p.heads * p.num_groups * p.dpair_splits, Tile::kThreads, Tile::kSmemBytes, p.stream,
+                         p);
+}
+
+}  // namespace ds4sci

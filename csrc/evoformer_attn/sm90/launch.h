@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// What api_sm90.cu calls; defined in launch.cuh, instantiated in ../instantiations/.
+#pragma once
+#include "sm90/params.h"
+
+namespace ds4sci {
+
+// Rows that one block of the forward kernel handles at once.
+constexpr int sm90_rows_per_block(int head_dim) { return head_dim <= 32 ? 3 : 2; }
+
+template <typename T>
+cudaError_t run_sm90_prepare(const Sm90Params& p);
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_fwd(const Sm90Params& p);
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_dq(const Sm90Params& p);
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_dkv(const Sm90Params& p);
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_dpair(const Sm90Params& p);
+
+}  // namespace ds4sci

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the Hopper kernels receive: the portable kernels' parameters, tensor maps for the copy engine, and the biases
+// and statistics in the form that the tensor cores add them.
+//
+// S gets one more product of depth 16 than Q K^T has. Its operands are 8 values per query and per key:
+//     query side [1, 1, 1, -lse hi, -lse mid, -lse low, 0, 0]     (forward: the three ones alone)
+//     key side   [mask hi, mask mid, mask low, 1, 1, 1, 0, 0]
+// Each sum of three bf16 values carries the 24 bits of an fp32 value, so that S + mask - lse costs the exponential's
+// threads nothing. Both are divided by the softmax scale, by which S is multiplied afterwards. A dropped key and a row
+// without keys are kDropped: finite, since 0 * inf would be NaN, and far below what exp2 takes for zero.
+#pragma once
+#include <cuda.h>
+
+#include "kernel_params.h"
+
+namespace ds4sci {
+
+constexpr float kDropped = -1e38f;
+
+struct Sm90Params : KernelParams {
+    // [D, L, H, N, B] in tiles of 64 positions; the pair bias [Lk, Lq, H, B] in tiles of 64 x 64.
+    CUtensorMap q_map, k_map, v_map, d_o_map, pair_map;
+    float* pair_ref;     // pair_max * log2(e), which the exponentials subtract; same layout
+    uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
+    uint4* query_aux;    // backward: [B, N, H, q_len_padded]
+    float* delta;        // backward: [B, N, H, q_len_padded], 0 from q_len on
+    uint32_t* row_kept;  // forward: [mask_batch, mask_rows], whether the mask keeps any key
+    uint32_t* redo;      // forward: [1 + items]: how the static softmax tells the online one what it could not hold
+    int32_t num_items;   // work items of the forward kernel
+
+    DS4SCI_HOST_DEVICE int64_t num_key_rows() const {
+        return mask_bias == nullptr ? 1 : static_cast<int64_t>(mask_batch) * mask_rows;
+    }
+    // Index of the mask row of one row (b, n).
+    DS4SCI_HOST_DEVICE int64_t key_row(int b, int n) const {
+        if (mask_bias == nullptr) return 0;
+        return (mask_batch == 1 ? 0 : b) * static_cast<int64_t>(mask_rows) + (mask_rows == 1 ? 0 : n);
+    }
+};
+
+// One of the row vectors of the pair bias, pair_max or pair_ref, of a work item.
+DS4SCI_DEVICE const float* pair_row(const Sm90Params& p, const float* vectors, const WorkItem& item) {
+    return vectors + (pair_max_of(p, item.group, item.head) - p.pair_max);
+}
+
+}  // namespace ds4sci

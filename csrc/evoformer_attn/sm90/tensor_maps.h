@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensor maps: how the copy engine finds tiles of strided tensors. Encoded on the host for every call, about a
+// microsecond each. The driver's encoder is found through the runtime, so nothing links against the driver library.
+#pragma once
+#include <cudaTypedefs.h>
+
+#include "sm90/tile.h"
+
+namespace ds4sci {
+
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+    static const auto encoder = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+        const cudaError_t status =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+        const cudaError_t status =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(status == cudaSuccess ? function : nullptr);
+    }();
+    return encoder;
+}
+
+struct MapAxis {
+    int64_t size, stride;  // elements; the first axis has stride 1
+};
+
+// A map of 16-bit elements whose box covers `box_columns` x kTileRows of the first two axes, rows swizzled over their
+// width of 2 * box_columns bytes.
+template <int kAxes>
+cudaError_t encode_map(CUtensorMap* map, int32_t dtype, const void* data, const MapAxis (&axes)[kAxes],
+                       int box_columns) {
+    const auto encoder = tensor_map_encoder();
+    if (encoder == nullptr) return cudaErrorNotSupported;
+    cuuint64_t sizes[kAxes], strides[kAxes - 1];
+    cuuint32_t box[kAxes], steps[kAxes];
+    for (int i = 0; i < kAxes; ++i) {
+        sizes[i] = axes[i].size;
+        // An axis of one element may have any stride, also one that the engine would refuse.
+        if (i > 0) strides[i - 1] = axes[i].size == 1 ? 16 : axes[i].stride * 2;
+        box[i] = i == 0 ? box_columns : i == 1 ? kTileRows : 1;
+        steps[i] = 1;
+    }
+    const CUtensorMapSwizzle swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                       : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                           : CU_TENSOR_MAP_SWIZZLE_32B;
+    const CUtensorMapDataType type =
+        dtype == kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    // No more than a row at a time from memory: what lies beside it is another head's, perhaps wanted much later.
+    const CUresult status =
+        encoder(map, type, kAxes, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_64B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline cudaError_t encode_rows(CUtensorMap* map, const KernelParams& p, const void* data, const RowStrides& stride,
+                               int length, int padded_head_dim) {
+    const MapAxis axes[] = {
+        {p.head_dim, 1}, {length, stride.l}, {p.heads, stride.h}, {p.rows, stride.n}, {p.batch, stride.b}};
+    return encode_map(map, p.dtype, data, axes, padded_head_dim);
+}
+
+// All maps of a call. d_o is null in the forward pass.
+inline cudaError_t encode_maps(Sm90Params& p, int padded_head_dim) {
+    // The encoder needs a current context, which a thread that only launched kernels so far, as autograd's, lacks.
+    int device = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaSetDevice(device);
+    if (status == cudaSuccess) status = encode_rows(&p.q_map, p, p.q, p.q_stride, p.q_len, padded_head_dim);
+    if (status == cudaSuccess) status = encode_rows(&p.k_map, p, p.k, p.k_stride, p.k_len, padded_head_dim);
+    if (status == cudaSuccess) status = encode_rows(&p.v_map, p, p.v, p.v_stride, p.k_len, padded_head_dim);
+    if (status == cudaSuccess && p.d_o != nullptr)
+        status = encode_rows(&p.d_o_map, p, p.d_o, p.d_o_stride, p.q_len, padded_head_dim);
+    if (status == cudaSuccess && p.pair_bias != nullptr) {
+        const MapAxis axes[] = {{p.k_len, 1},
+                                {p.q_len, p.pair_stride_q},
+                                {p.pair_heads, p.pair_stride_h},
+                                {p.pair_batch, p.pair_stride_b}};
+        status = encode_map(&p.pair_map, p.dtype, p.pair_bias, axes, 64);
+    }
+    return status;
+}
+
+}  // namespace ds4sci

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles in shared memory as the copy engine writes them and wgmma reads them, and the way of results out of registers.
+#pragma once
+#include <type_traits>
+
+#include "sm90/params.h"
+#include "sm90/ptx.h"
+
+namespace ds4sci {
+
+constexpr int kTileRows = 64;  // positions per tile of Q, K, V, dO; queries and keys per tile of the bias
+constexpr int kBiasTileBytes = 64 * 64 * 2;  // 128-byte rows, 128-byte swizzle
+constexpr int kAuxTileBytes = kTileRows * 16;
+constexpr int kSmemAlignment = 1024;  // a swizzle pattern repeats every 1024 bytes at most; kSmemBase is a multiple
+
+// 64 positions of one head: rows of kHeadDim 16-bit elements, swizzled over their own width.
+template <int kHeadDim>
+struct RowTile {
+    static_assert(kHeadDim == 16 || kHeadDim == 32 || kHeadDim == 64, "a row is one swizzle width");
+    static constexpr int kRowBytes = kHeadDim * 2;
+    static constexpr int kBytes = kTileRows * kRowBytes;
+    static constexpr uint32_t kSwizzle = kHeadDim == 64 ? 1 : kHeadDim == 32 ? 2 : 3;
+    static constexpr int kGroupBytes = 8 * kRowBytes;
+
+    // As an operand that is summed over the head dim, kDimStep bytes for 16 elements; and as a second operand that is
+    // summed over positions, kPositionStep bytes for 16 of them.
+    static DS4SCI_DEVICE MatrixOperand over_dim(uint32_t tile) {
+        return MatrixOperand::of(tile, 16, kGroupBytes, kSwizzle);
+    }
+    static constexpr uint32_t kDimStep = 32;
+    static DS4SCI_DEVICE MatrixOperand over_positions(uint32_t tile) {
+        return MatrixOperand::of(tile, kGroupBytes, kGroupBytes, kSwizzle);
+    }
+    static constexpr uint32_t kPositionStep = 16 * kRowBytes;
+
+    // s = a b^T over the head dim, 64 rows by 8 * kTiles.
+    template <typename T, int kTiles>
+    static DS4SCI_DEVICE void product_abt(float (&s)[kTiles][4], MatrixOperand a, MatrixOperand b) {
+        wgmma_ss<T, false>(s, a, b);
+#pragma unroll
+        for (int i = 1; i < kHeadDim / 16; ++i) wgmma_ss<T, true>(s, a.plus(i * kDimStep), b.plus(i * kDimStep));
+    }
+    // acc += p b over 64 positions; p in the accumulator layout, packed.
+    template <typename T>
+    static DS4SCI_DEVICE void product_pb(float (&acc)[kHeadDim / 8][4], const uint32_t (&p)[4][4], MatrixOperand b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) wgmma_rs<T, true>(acc, p[i], b.plus(i * kPositionStep));
+    }
+};
+
+// 64 x 8 auxiliary values without swizzle. Depth 16 reads the 8 twice, which a zero second half of A makes harmless.
+DS4SCI_DEVICE MatrixOperand aux_operand(uint32_t tile) { return MatrixOperand::of(tile, 0, 128, 0); }
+
+// Where in a tile of the pair bias this lane's part of ldmatrix begins, for 16 queries from `row` on. The fragment 16
+// keys further is at the address xor 32, and so on.
+DS4SCI_DEVICE uint32_t bias_fragment(int row, int lane) {
+    return (row + (lane & 15)) * 128 + ((lane >> 4) * 16 ^ (lane & 7) << 4);
+}
+
+// Two results of the softmax's logits as one packed pair of the first operand of the next product.
+template <typename T>
+DS4SCI_DEVICE void pack_operand(uint32_t (&packed)[4], const float (&low)[4], const float (&high)[4]) {
+    packed[0] = pack2<T>(low[0], low[1]);
+    packed[1] = pack2<T>(low[2], low[3]);
+    packed[2] = pack2<T>(high[0], high[1]);
+    packed[3] = pack2<T>(high[2], high[3]);
+}
+
+// Lanes `mask` apart swap the lower one's `second` for the upper one's `first`.
+DS4SCI_DEVICE void exchange(uint32_t& first, uint32_t& second, bool upper, int mask) {
+    const uint32_t other = shfl_xor(upper ? first : second, mask);
+    first = upper ? other : first;
+    second = upper ? second : other;
+}
+
+// Lane t of each four gets word t of all four, in lane order.
+DS4SCI_DEVICE void transpose_quad(uint32_t (&w)[4], int pair) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) exchange(w[i], w[i + 2], pair & 2, 2);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) exchange(w[i], w[i + 1], pair & 1, 1);
+}
+
+// Write one warp's 16 x kHeadDim accumulator, times a factor per row, to global memory in 16-byte pieces. `dst` is row
+// 0 of the 16, of which `valid_rows` exist.
+template <typename T, int kHeadDim>
+DS4SCI_DEVICE void store_rows(T* dst, int64_t stride, int valid_rows, int head_dim,
+                              const float (&acc)[kHeadDim / 8][4], float factor_low, float factor_high, int lane) {
+    const int quad = lane >> 2, pair = lane & 3;
+    auto store = [&](int row, int chunk, const uint32_t (&w)[4]) {
+        if (row < valid_rows && chunk * 8 < head_dim)
+            *reinterpret_cast<uint4*>(dst + row * stride + chunk * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+    };
+    auto packed = [&](int j, int high) {
+        const float factor = high ? factor_high : factor_low;
+        return pack2<T>(acc[j][2 * high] * factor, acc[j][2 * high + 1] * factor);
+    };
+    if constexpr (kHeadDim == 16) {
+        uint32_t w[4] = {packed(0, 0), packed(1, 0), packed(0, 1), packed(1, 1)};
+        transpose_quad(w, pair);
+        store(quad + (pair >> 1) * 8, pair & 1, w);
+    } else {
+#pragma unroll
+        for (int first = 0; first < kHeadDim / 8; first += 4) {
+#pragma unroll
+            for (int high = 0; high < 2; ++high) {
+                uint32_t w[4] = {packed(first, high), packed(first + 1, high), packed(first + 2, high),
+                                 packed(first + 3, high)};
+                transpose_quad(w, pair);
+                store(quad + high * 8, first + pair, w);
+            }
+        }
+    }
+}
+
+// A ring of stages that one producer fills and warps empty; both ends walk it with a copy of this.
+template <int kStages>
+struct Ring {
+    uint32_t barriers;  // address of kStages full barriers, then kStages empty ones
+    int stage = 0;
+    uint32_t phase = 0;
+
+    static constexpr int kBytes = 2 * kStages * 8;
+
+    static DS4SCI_DEVICE void init(uint32_t barriers, int releases) {
+        for (int i = 0; i < kStages; ++i) {
+            mbarrier_init(barriers + i * 8, 1);
+            mbarrier_init(barriers + (kStages + i) * 8, releases);
+        }
+    }
+    DS4SCI_DEVICE uint32_t full() const { return barriers + stage * 8; }
+    DS4SCI_DEVICE void wait_full() const { mbarrier_wait(full(), phase); }
+    // The producer's side: wait until the stage may be filled, then say how much the copy engine will bring.
+    DS4SCI_DEVICE void wait_empty() const { mbarrier_wait(empty(), phase ^ 1); }
+    DS4SCI_DEVICE void announce(uint32_t bytes) const { mbarrier_arrive_expect(full(), bytes); }
+    DS4SCI_DEVICE uint32_t empty() const { return full() + kStages * 8; }
+    DS4SCI_DEVICE void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// The rows (b, n) of a work item as the copy engine counts them: a row past the last one lies outside of the tensor,
+// so it reads as zero.
+struct RowCoordinates {
+    int b, n;
+
+    DS4SCI_DEVICE static RowCoordinates of(const KernelParams& p, const RowLocation& row) {
+        return {row.b, row.valid ? row.n : p.rows};
+    }
+};
+
+}  // namespace ds4sci

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shapes of the Hopper kernels. A block is a few warpgroups that compute, each on its own row n, and one that feeds
+// them.
+//
+// At head dims up to 32 accumulators are small, so latency is hidden by three or four warpgroups that run freely
+// rather than by two that software-pipeline: while one waits for its products, the exponentials of the others keep the
+// special function unit busy. Blocks of 128 positions halve what K and V (Q and dO) cost in L2 traffic; the rows of a
+// block share the tiles of the pair bias.
+#pragma once
+#include "sm90/tile.h"
+
+namespace ds4sci {
+
+constexpr int kSm90MaxSmemBytes = 227 * 1024;
+
+// Threads and registers of a block with kConsumers computing warpgroups: a multiprocessor has 64 K registers, and all
+// of a block's threads start with the same number.
+template <int kConsumers>
+struct BlockShape {
+    static constexpr int kWarpgroups = kConsumers;
+    static constexpr int kConsumerWarps = kConsumers * 4;
+    static constexpr int kThreads = kConsumers * 128 + 128;
+    static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+    static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
+};
+
+// Forward and dQ: warpgroup w owns 128 queries of row w, as two tiles in turn, and runs over keys.
+template <int kHeadDim, bool kPair>
+struct QueryBlock : BlockShape<kHeadDim <= 32 ? 3 : 2> {
+    static constexpr int kRows = QueryBlock::kWarpgroups;
+    static constexpr int kPositions = 2 * kTileRows;
+    static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
+
+    // A stage: the bias of 128 x 64, then K, V and the key side of the auxiliary product of each row.
+    static constexpr int kBiasBytes = kPair ? 2 * kBiasTileBytes : 0;
+    static constexpr int kRowBytes = 2 * kTileBytes + kAuxTileBytes;
+    static constexpr int kStageBytes = kBiasBytes + kRows * kRowBytes;
+    static constexpr int kStages = kStageBytes <= 44 * 1024 && kHeadDim < 64 ? 4 : 3;
+
+    static DS4SCI_DEVICE uint32_t key_tile(uint32_t stage, int row) { return stage + kBiasBytes + row * kRowBytes; }
+    static DS4SCI_DEVICE uint32_t value_tile(uint32_t stage, int row) { return key_tile(stage, row) + kTileBytes; }
+    static DS4SCI_DEVICE uint32_t aux_tile(uint32_t stage, int row) { return key_tile(stage, row) + 2 * kTileBytes; }
+};
+
+// What a warpgroup needs to know of its part of a work item. The producer works it out while the others compute.
+struct alignas(16) ItemRecord {
+    void *out, *second_out;  // first row of the warpgroup's results: o; dq; dk and dv
+    float* vector_out;       // lse; d(mask_bias)
+    int64_t stats;      // dQ: index of its first query in [B, N, H, q_len_padded]; dK, dV: of its first key in key_aux
+    const float* refs;  // dQ: pair_ref of its first query
+    int32_t valid;      // positions from the first one on; at most 0 for a row that does not exist
+    int32_t index;
+};
+
+// Shared memory of a block that runs through kRingStages stages and holds kBuffers sets of operands of its own
+// positions, kOwnBytes for each warpgroup.
+template <typename Shape, int kRingStages, int kStageBytes, int kBuffers, int kOwnBytes>
+struct SmemLayout {
+    static constexpr int kOwnOffset = kSmemBase + kRingStages * kStageBytes;
+    static constexpr int kBufferBytes = Shape::kWarpgroups * kOwnBytes;  // from one set to the next
+    static constexpr int kRecordOffset = kOwnOffset + kBuffers * kBufferBytes;
+    static constexpr int kRecordBytes = sizeof(ItemRecord);
+    static constexpr int kBarrierOffset = kRecordOffset + kBuffers * Shape::kWarpgroups * kRecordBytes;
+    static constexpr int kSmemBytes =
+        kBarrierOffset + Ring<kRingStages>::kBytes + Shape::kWarpgroups * Ring<kBuffers>::kBytes - kSmemBase;
+    static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
+
+    using OwnRing = Ring<kBuffers>;
+    static DS4SCI_DEVICE OwnRing own_ring(int warpgroup) {
+        return {static_cast<uint32_t>(kBarrierOffset + Ring<kRingStages>::kBytes + warpgroup * OwnRing::kBytes)};
+    }
+    static DS4SCI_DEVICE uint32_t own_tiles(int warpgroup, int buffer) {
+        return kOwnOffset + buffer * kBufferBytes + warpgroup * kOwnBytes;
+    }
+    static DS4SCI_DEVICE uint32_t record(int warpgroup, int buffer) {
+        return kRecordOffset + (buffer * Shape::kWarpgroups + warpgroup) * kRecordBytes;
+    }
+    static DS4SCI_DEVICE uint32_t stage(int index) { return kSmemBase + index * kStageBytes; }
+    static DS4SCI_DEVICE Ring<kRingStages> ring() { return {static_cast<uint32_t>(kBarrierOffset)}; }
+    // By all threads, before anything else.
+    static DS4SCI_DEVICE void init(const void* smem) {
+        check_smem_base(smem);
+        if (threadIdx.x == 0) {
+            Ring<kRingStages>::init(ring().barriers, Shape::kConsumerWarps);
+            for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, 4);
+            mbarrier_init_fence();
+        }
+        block_sync();
+    }
+};
+
+// Q, both tiles, and pair_ref.
+template <int kHeadDim, bool kPair>
+constexpr int kFwdOwnBytes = 2 * RowTile<kHeadDim>::kBytes + (kPair ? kSmemAlignment : 0);
+
+template <int kHeadDim, bool kPair>
+struct Sm90FwdTile
+    : QueryBlock<kHeadDim, kPair>,
+      SmemLayout<QueryBlock<kHeadDim, kPair>, QueryBlock<kHeadDim, kPair>::kStages,
+                 QueryBlock<kHeadDim, kPair>::kStageBytes, kHeadDim <= 32 ? 2 : 1, kFwdOwnBytes<kHeadDim, kPair>> {
+    static constexpr int kRefsOffset = 2 * RowTile<kHeadDim>::kBytes;
+    static constexpr int kRefsBytes = kPair ? 2 * kTileRows * 4 : 0;
+};
+
+template <int kHeadDim, bool kPair>
+constexpr int kDqStages = kHeadDim == 32 && kPair ? 3 : QueryBlock<kHeadDim, kPair>::kStages;
+
+template <int kHeadDim, bool kPair>
+struct Sm90BwdDqTile
+    : QueryBlock<kHeadDim, kPair>,
+      SmemLayout<QueryBlock<kHeadDim, kPair>, kDqStages<kHeadDim, kPair>, QueryBlock<kHeadDim, kPair>::kStageBytes,
+                 kHeadDim <= 32 ? 2 : 1, 4 * RowTile<kHeadDim>::kBytes> {
+    static constexpr int kStages = kDqStages<kHeadDim, kPair>;
+    static constexpr int kBuffers = kHeadDim <= 32 ? 2 : 1;
+    static constexpr int kOwnBytes = 4 * RowTile<kHeadDim>::kBytes;  // Q, both tiles, then dO
+};
+
+// dK and dV: a warpgroup owns 64 keys of one row and runs over queries.
+template <int kHeadDim>
+struct KeyBlock : BlockShape<kHeadDim <= 32 ? 3 : 2> {
+    static constexpr int kKeyTiles = kHeadDim <= 32 ? 1 : 2;
+    static constexpr int kRows = KeyBlock::kWarpgroups / kKeyTiles;
+    static constexpr int kPositions = kKeyTiles * kTileRows;
+    static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
+};
+
+template <int kHeadDim, bool kPair>
+struct KeyStage : KeyBlock<kHeadDim> {
+    using Block = KeyBlock<kHeadDim>;
+    // The bias, 64 queries high, then Q, dO and the query side of the auxiliary product of each row, then delta of
+    // each row and the row references of the bias.
+    static constexpr int kBiasBytes = kPair ? Block::kKeyTiles * kBiasTileBytes : 0;
+    static constexpr int kRowBytes = 2 * Block::kTileBytes + kAuxTileBytes;
+    static constexpr int kVectorBytes = kTileRows * 4;
+    static constexpr int kDeltaOffset = kBiasBytes + Block::kRows * kRowBytes;
+    static constexpr int kRefsOffset = kDeltaOffset + Block::kRows * kVectorBytes;
+    static constexpr int kFilledBytes = kRefsOffset + (kPair ? kVectorBytes : 0);
+    static constexpr int kStageBytes = round_up(kFilledBytes, kSmemAlignment);
+    static constexpr int kStages = 4;
+
+    static DS4SCI_DEVICE uint32_t query_tile(uint32_t stage, int row) { return stage + kBiasBytes + row * kRowBytes; }
+    static DS4SCI_DEVICE uint32_t d_o_tile(uint32_t stage, int row) {
+        return query_tile(stage, row) + Block::kTileBytes;
+    }
+    static DS4SCI_DEVICE uint32_t aux_tile(uint32_t stage, int row) {
+        return query_tile(stage, row) + 2 * Block::kTileBytes;
+    }
+    static DS4SCI_DEVICE uint32_t delta_of(uint32_t stage, int row) {
+        return stage + kDeltaOffset + row * kVectorBytes;
+    }
+};
+
+template <int kHeadDim, bool kPair>
+struct Sm90BwdDkvTile : KeyStage<kHeadDim, kPair>,
+                        SmemLayout<KeyBlock<kHeadDim>, KeyStage<kHeadDim, kPair>::kStages,
+                                   KeyStage<kHeadDim, kPair>::kStageBytes, 2, 2 * RowTile<kHeadDim>::kBytes> {
+    static constexpr int kOwnBytes = 2 * RowTile<kHeadDim>::kBytes;  // K, V
+};
+
+// d(pair_bias): a block owns 128 queries x 128 keys of one head, warpgroup w a quarter of them, and runs over rows n.
+template <int kHeadDim>
+struct Sm90BwdDpairTile : BlockShape<4> {
+    static constexpr int kPositions = 2 * kTileRows;
+    static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
+    // A stage: Q, dO, K, V, the query and the key side of the auxiliary product, delta; 128 positions each.
+    static constexpr int kQueryOffset = 0, kDOOffset = 2 * kTileBytes, kKeyOffset = 4 * kTileBytes,
+                         kValueOffset = 6 * kTileBytes, kQueryAuxOffset = 8 * kTileBytes,
+                         kKeyAuxOffset = kQueryAuxOffset + 2 * kAuxTileBytes,
+                         kDeltaOffset = kKeyAuxOffset + 2 * kAuxTileBytes;
+    static constexpr int kFilledBytes = kDeltaOffset + kPositions * 4;
+    static constexpr int kStageBytes = round_up(kFilledBytes, kSmemAlignment);
+    static constexpr int kStages = kHeadDim == 64 ? 2 : kHeadDim == 32 ? 5 : 8;
+    static constexpr int kBiasOffset = kSmemBase + kStages * kStageBytes;
+    static constexpr int kBarrierOffset = kBiasOffset + 4 * kBiasTileBytes;
+    static constexpr int kSmemBytes = kBarrierOffset + Ring<kStages>::kBytes + 8 - kSmemBase;
+    static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
+};
+
+}  // namespace ds4sci
