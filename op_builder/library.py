@@ -35,7 +35,7 @@ class Library:
     """File name without suffix, and cache key. Not an op name of DeepSpeed's, whose cache is shared by name."""
 
     folder: str
-    """Folder under csrc/ with `api.cu` and `instantiations/*.cu`; also the include folder."""
+    """Folder under csrc/ with `api.cu`, `api_*.cu` and `instantiations/*.cu`; also the include folder."""
 
     build_variable: str
     """Environment variable that asks `pip install` to build the library ahead of time."""
@@ -56,7 +56,7 @@ class Library:
         api = folder / "api.cu"
         if not api.is_file():
             raise FileNotFoundError(f"cannot build {self.name}: {api} is missing")
-        return [api, *sorted((folder / "instantiations").glob("*.cu"))]
+        return [api, *sorted(folder.glob("api_*.cu")), *sorted((folder / "instantiations").glob("*.cu"))]
 
     def headers(self):
         """Every file that a source may include, in a fixed order."""

@@ -152,9 +152,9 @@ DS4SCI_DEVICE int opaque(int x) {
 DS4SCI_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
 // ---- launch ----
-template <typename Params>
-cudaError_t launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_threads, int64_t smem_bytes,
-                          void* stream, const Params& params) {
+template <typename Params, typename... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Params, Arguments...), int64_t num_blocks, int num_threads,
+                          int64_t smem_bytes, void* stream, const Params& params, Arguments... arguments) {
     if (num_blocks == 0) return cudaSuccess;
     // All blocks on grid.x: y and z stop at 65,535 and B * N passes that for deep MSAs.
     if (num_blocks > 2147483647) return cudaErrorInvalidConfiguration;
@@ -162,7 +162,8 @@ cudaError_t launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_th
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(smem_bytes));
     if (status != cudaSuccess) return status;
-    kernel<<<static_cast<unsigned>(num_blocks), num_threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    kernel<<<static_cast<unsigned>(num_blocks), num_threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(
+        params, arguments...);
     return cudaGetLastError();
 }
 

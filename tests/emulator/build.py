@@ -25,7 +25,9 @@ FLAGS = [
 
 def build(folder: Path | None = None) -> Path:
     """The emulated library; compiled when no library of the same sources is there. Needs g++ (or $CXX)."""
-    units = [SOURCES / "api.cu", *sorted((SOURCES / "instantiations").glob("*.cu"))]
+    # Hopper's copy engine and warpgroup products have no counterpart here.
+    instantiations = sorted((SOURCES / "instantiations").glob("*.cu"))
+    units = [SOURCES / "api.cu", *(path for path in instantiations if not path.stem.endswith("_sm90"))]
     headers = [path for path in sorted(SOURCES.rglob("*")) if path.suffix in (".h", ".cuh")]
     digest = hashlib.sha256(repr(FLAGS).encode())
     for path in (*units, *headers, EMULATOR / "emulated_device.h"):

@@ -83,6 +83,12 @@ def test_serialised_wgmma(code, before):
     assert "Performance Loss" in problem
 
 
+def test_an_added_fence_is_no_loss():
+    fence = "ptxas info    : (C7519) warpgroup.arrive is injected in around line 733 by compiler to allow use of "
+    (kernel,) = parse_ptxas(f"{fence}registers in GMMA in function '_Z3fwdILi32EEvPf'\n{CLEAN}")
+    assert kernel.problems() == []
+
+
 def test_serialised_wgmma_belongs_to_the_kernel_it_names():
     hopper = CLEAN.replace("sm_80", "sm_90a")
     kernels = parse_ptxas(CLEAN + hopper + SERIALISED["C7514"] + SPILL)

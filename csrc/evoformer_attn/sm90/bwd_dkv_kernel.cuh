@@ -109,9 +109,10 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
             zero_bias(dk);
             zero_bias(dv);
             keys.wait_full();
-            const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, keys.stage));
-            const uint32_t* aux = reinterpret_cast<const uint32_t*>(p.key_aux + record.stats + warp_row + quad) + pair;
-            const uint32_t key_aux[4] = {aux[0], aux[32], 0u, 0u};
+            // Read twice, here and below: kept through the loop, it would not fit the registers.
+            const int64_t stats = load_record<ItemRecord>(Tile::record(warpgroup, keys.stage)).stats;
+            const uint32_t* aux = reinterpret_cast<const uint32_t*>(p.key_aux + stats + warp_row + quad) + pair;
+            const AuxOperand key_aux = AuxOperand::of_s(aux[0], aux[32], pair);
             const MatrixOperand key_tile = key_tiles.plus(keys.stage * Tile::kBufferBytes);
             const MatrixOperand value_tile = key_tile.plus(Tile::kTileBytes);
             uint32_t finished_stage = 0;  // its queries are read until the next wait
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                 ring.wait_full();
                 wgmma_fence();
                 Rows::template product_abt<T>(s, key_tile, query_tiles.plus(offset));
-                wgmma_rs<bf16, false>(s, key_aux, aux_tiles.plus(offset));
+                wgmma_rs<bf16, false>(s, key_aux.words, aux_tiles.plus(offset));
                 wgmma_commit();
                 Rows::template product_abt<T>(dp, value_tile, d_o_tiles.plus(offset));
                 wgmma_commit();
@@ -159,6 +160,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                 uint32_t packed_ds[4][4];
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
+                    // A second auxiliary operand, which would subtract it from dP, would not fit the registers.
                     const float2 delta = lds_f32x2(vectors + offset + Tile::delta_of(0, own_row) + j * 32);
 #pragma unroll
                     for (int e = 0; e < 4; ++e) s[j][e] *= dp[j][e] - (e % 2 ? delta.y : delta.x);
@@ -179,6 +181,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                 finished_stage = ring.empty();
                 ring.advance();
             }
+            const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, keys.stage));
             wgmma_wait<0>();
             wgmma_complete(dk);
             wgmma_complete(dv);

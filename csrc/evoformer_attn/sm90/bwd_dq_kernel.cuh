@@ -76,20 +76,19 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
 
         // What a lane knows of its queries: tile, then row quad or quad + 8.
         struct QueryStats {
-            float ref[2][2], delta[2][2];
+            float ref[2][2];
             uint32_t aux[2][2];
         } stats{};
         // Of the work item whose operands are there.
         auto load_stats = [&] {
             const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, queries.stage));
             const int first = warp_row + quad;
-            const float *refs = record.refs + first, *delta = p.delta + record.stats + first;
+            const float* refs = record.refs + first;
             const uint32_t* aux = reinterpret_cast<const uint32_t*>(p.query_aux + record.stats + first) + pair;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int offset = i / 2 * kTileRows + i % 2 * 8;
                 if (kPair) stats.ref[i / 2][i % 2] = refs[offset];
-                stats.delta[i / 2][i % 2] = delta[offset];
                 stats.aux[i / 2][i % 2] = aux[offset * 4];
             }
         };
@@ -111,13 +110,15 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     float s[8][4], dp[8][4];
-                    const uint32_t aux[4] = {stats.aux[half][0], stats.aux[half][1], 0u, 0u};
+                    const AuxOperand s_aux = AuxOperand::of_s(stats.aux[half][0], stats.aux[half][1], pair);
+                    const AuxOperand dp_aux = AuxOperand::of_dp(stats.aux[half][0], stats.aux[half][1], pair);
                     wgmma_fence();
                     Rows::template product_abt<T>(s, query_tile.plus(half * Tile::kTileBytes), key_tiles.plus(offset));
-                    wgmma_rs<bf16, false>(s, aux, aux_tiles.plus(offset));
+                    wgmma_rs<bf16, false>(s, s_aux.words, aux_tiles.plus(offset));
                     wgmma_commit();
                     Rows::template product_abt<T>(dp, d_o_tile.plus(half * Tile::kTileBytes),
                                                   value_tiles.plus(offset));
+                    wgmma_rs<bf16, false>(dp, dp_aux.words, aux_tiles.plus(offset));
                     wgmma_commit();
                     wgmma_wait<1>();
                     wgmma_complete(s);
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
 #pragma unroll
                     for (int j = 0; j < 8; ++j) {
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) s[j][e] *= dp[j][e] - stats.delta[half][e / 2];
+                        for (int e = 0; e < 4; ++e) s[j][e] *= dp[j][e];
                     }
 #pragma unroll
                     for (int i = 0; i < 4; ++i) pack_operand<T>(packed[i], s[2 * i], s[2 * i + 1]);

@@ -2,12 +2,13 @@
 // What the Hopper kernels receive: the portable kernels' parameters, tensor maps for the copy engine, and the biases
 // and statistics in the form that the tensor cores add them.
 //
-// S gets one more product of depth 16 than Q K^T has. Its operands are 8 values per query and per key:
-//     query side [1, 1, 1, -lse hi, -lse mid, -lse low, 0, 0]     (forward: the three ones alone)
-//     key side   [mask hi, mask mid, mask low, 1, 1, 1, 0, 0]
-// Each sum of three bf16 values carries the 24 bits of an fp32 value, so that S + mask - lse costs the exponential's
-// threads nothing. Both are divided by the softmax scale, by which S is multiplied afterwards. A dropped key and a row
-// without keys are kDropped: finite, since 0 * inf would be NaN, and far below what exp2 takes for zero.
+// S = Q K^T and dP = dO V^T get one more product of depth 16, of 8 values per query and 8 per key:
+//     query side [1, 1, 1, -lse hi, -lse mid, -lse low, -delta hi, -delta low]     (forward: the three ones alone)
+//     key side   [mask hi, mask mid, mask low, 1, 1, 1, 1, 1]
+// S takes the first six, which add mask - lse, and dP the last two. So the threads that compute exponentials are
+// spared all of it. Three bf16 values carry the 24 bits of an fp32 value, two of them 16, enough for delta beside a dP
+// of 16-bit operands. mask and lse are divided by the softmax scale, by which S is multiplied afterwards. A dropped
+// key and a row without keys are kDropped: finite, since 0 * inf would be NaN, and far below what exp2 takes for zero.
 #pragma once
 #include <cuda.h>
 
@@ -23,7 +24,7 @@ struct Sm90Params : KernelParams {
     float* pair_ref;     // pair_max * log2(e), which the exponentials subtract; same layout
     uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]
-    float* delta;        // backward: [B, N, H, q_len_padded], 0 from q_len on
+    float* delta;        // backward, with dK: [B, N, H, q_len_padded], 0 from q_len on
     uint32_t* row_kept;  // forward: [mask_batch, mask_rows], whether the mask keeps any key
     uint32_t* redo;      // forward: [1 + items]: how the static softmax tells the online one what it could not hold
     int32_t num_items;   // work items of the forward kernel

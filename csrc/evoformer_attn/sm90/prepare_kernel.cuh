@@ -3,7 +3,7 @@
 // things:
 //   pair rows   pair_max  = row max of the pair bias, pair_ref
 //   key rows    key_aux   = key side of the auxiliary product (params.h), row_kept
-//   vectors     query_aux = its query side, delta                                       (backward)
+//   vectors     query_aux = its query side                                              (backward)
 //   marks       redo      = 0                                                           (forward)
 #pragma once
 #include "../prepare_kernel.cuh"
@@ -61,7 +61,8 @@ DS4SCI_DEVICE void prepare_key_row(const Sm90Params& p, int64_t row, int lane) {
         const float scaled = value * factor;
         const Bf16Parts mask = Bf16Parts::of(scaled < kDropped ? kDropped : scaled);
         p.key_aux[row * p.k_len_padded + key] =
-            make_uint4(pack2<bf16>(mask.high, mask.mid), pack2<bf16>(mask.low, 1.f), pack2<bf16>(1.f, 1.f), 0u);
+            make_uint4(pack2<bf16>(mask.high, mask.mid), pack2<bf16>(mask.low, 1.f), pack2<bf16>(1.f, 1.f),
+                       pack2<bf16>(1.f, 1.f));
     };
     float maximum = 0.f;
     if (p.mask_bias != nullptr) {
@@ -78,9 +79,10 @@ DS4SCI_DEVICE void prepare_query_aux(const Sm90Params& p, int64_t vector, int pa
     if (!stats.owner) return;
     const float scaled = stats.lse / p.softmax_scale;
     const Bf16Parts lse = Bf16Parts::of(scaled > -kDropped ? kDropped : -scaled);
-    p.query_aux[stats.index] =
-        make_uint4(pack2<bf16>(1.f, 1.f), pack2<bf16>(1.f, lse.high), pack2<bf16>(lse.mid, lse.low), 0u);
-    p.delta[stats.index] = stats.delta;
+    const Bf16Parts delta = Bf16Parts::of(-stats.delta);
+    p.query_aux[stats.index] = make_uint4(pack2<bf16>(1.f, 1.f), pack2<bf16>(1.f, lse.high),
+                                          pack2<bf16>(lse.mid, lse.low), pack2<bf16>(delta.high, delta.mid));
+    if (p.delta != nullptr) p.delta[stats.index] = stats.delta;
 }
 
 template <typename T>

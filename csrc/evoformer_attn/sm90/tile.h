@@ -51,6 +51,19 @@ struct RowTile {
 // 64 x 8 auxiliary values without swizzle. Depth 16 reads the 8 twice, which a zero second half of A makes harmless.
 DS4SCI_DEVICE MatrixOperand aux_operand(uint32_t tile) { return MatrixOperand::of(tile, 0, 128, 0); }
 
+// First operand of the auxiliary product from this lane's word of each of its two rows: the part that S takes, and the
+// part that dP takes.
+struct AuxOperand {
+    uint32_t words[4];
+
+    static DS4SCI_DEVICE AuxOperand of_s(uint32_t low, uint32_t high, int pair) {
+        return {{pair == 3 ? 0u : low, pair == 3 ? 0u : high, 0u, 0u}};
+    }
+    static DS4SCI_DEVICE AuxOperand of_dp(uint32_t low, uint32_t high, int pair) {
+        return {{pair == 3 ? low : 0u, pair == 3 ? high : 0u, 0u, 0u}};
+    }
+};
+
 // Where in a tile of the pair bias this lane's part of ldmatrix begins, for 16 queries from `row` on. The fragment 16
 // keys further is at the address xor 32, and so on.
 DS4SCI_DEVICE uint32_t bias_fragment(int row, int lane) {

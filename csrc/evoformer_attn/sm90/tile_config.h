@@ -17,11 +17,12 @@ constexpr int kSm90MaxSmemBytes = 227 * 1024;
 // of a block's threads start with the same number.
 template <int kConsumers>
 struct BlockShape {
+    static_assert(kConsumers == 2 || kConsumers == 3, "two or three warpgroups compute");
     static constexpr int kWarpgroups = kConsumers;
     static constexpr int kConsumerWarps = kConsumers * 4;
     static constexpr int kThreads = kConsumers * 128 + 128;
     static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-    static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
+    static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 };
 
 // Forward and dQ: warpgroup w owns 128 queries of row w, as two tiles in turn, and runs over keys.
@@ -157,18 +158,17 @@ struct Sm90BwdDkvTile : KeyStage<kHeadDim, kPair>,
     static constexpr int kOwnBytes = 2 * RowTile<kHeadDim>::kBytes;  // K, V
 };
 
-// d(pair_bias): a block owns 128 queries x 128 keys of one head, warpgroup w a quarter of them, and runs over rows n.
+// d(pair_bias): a block owns 128 queries x 128 keys of one head and runs over rows n. Two warpgroups, 64 queries each:
+// the sums fill the registers of four, which could not overlap the products of one step with the sums of another.
 template <int kHeadDim>
-struct Sm90BwdDpairTile : BlockShape<4> {
+struct Sm90BwdDpairTile : BlockShape<2> {
     static constexpr int kPositions = 2 * kTileRows;
     static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
-    // A stage: Q, dO, K, V, the query and the key side of the auxiliary product, delta; 128 positions each.
+    // A stage: Q, dO, K, V, the query and the key side of the auxiliary product; 128 positions each.
     static constexpr int kQueryOffset = 0, kDOOffset = 2 * kTileBytes, kKeyOffset = 4 * kTileBytes,
                          kValueOffset = 6 * kTileBytes, kQueryAuxOffset = 8 * kTileBytes,
-                         kKeyAuxOffset = kQueryAuxOffset + 2 * kAuxTileBytes,
-                         kDeltaOffset = kKeyAuxOffset + 2 * kAuxTileBytes;
-    static constexpr int kFilledBytes = kDeltaOffset + kPositions * 4;
-    static constexpr int kStageBytes = round_up(kFilledBytes, kSmemAlignment);
+                         kKeyAuxOffset = kQueryAuxOffset + 2 * kAuxTileBytes;
+    static constexpr int kStageBytes = kKeyAuxOffset + 2 * kAuxTileBytes;
     static constexpr int kStages = kHeadDim == 64 ? 2 : kHeadDim == 32 ? 5 : 8;
     static constexpr int kBiasOffset = kSmemBase + kStages * kStageBytes;
     static constexpr int kBarrierOffset = kBiasOffset + 4 * kBiasTileBytes;
