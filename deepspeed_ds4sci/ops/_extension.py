@@ -23,6 +23,8 @@ _POINTERS = (
 )
 _ROW_STRIDES = ("q_stride", "k_stride", "v_stride", "d_o_stride")
 _STRIDES = ("mask_stride_b", "mask_stride_n", "mask_stride_k", "pair_stride_b", "pair_stride_h", "pair_stride_q")
+# Every path takes the same parameters and has four functions of its own; "sm90" is there if the GPUs were targeted.
+_PREFIXES = {"sm80": "ds4sci_evoformer_", "sm90": "ds4sci_evoformer_sm90_"}
 _INTS = (
     *("batch", "rows", "q_len", "k_len", "heads", "head_dim", "dtype", "mask_dtype", "pair_dtype"),
     *("mask_batch", "mask_rows", "pair_batch", "pair_heads", "dpair_splits"),
@@ -45,6 +47,25 @@ class _Params(ctypes.Structure):
     )
 
 
+class _EntryPoints:
+    """The library's functions of one path.
+
+    Raises:
+        RuntimeError: the library was compiled without this path.
+    """
+
+    def __init__(self, library: ctypes.CDLL, file: Path, path: str):
+        prefix = _PREFIXES[path]
+        try:
+            self.fwd = library[f"{prefix}fwd"]
+            self.bwd = library[f"{prefix}bwd"]
+            self.workspace_bytes = library[f"{prefix}workspace_bytes"]
+            self.dpair_splits = library[f"{prefix}dpair_splits"]
+        except AttributeError as error:
+            raise RuntimeError(f"{file} was compiled without the {path} kernels: {error}") from error
+        self.workspace_bytes.restype = ctypes.c_int64
+
+
 class Extension:
     """The compiled Evoformer attention library.
 
@@ -60,7 +81,6 @@ class Extension:
         self.path = Path(path)
         self._library = ctypes.CDLL(str(path))
         self._library.ds4sci_evoformer_params_size.restype = ctypes.c_int64
-        self._library.ds4sci_evoformer_workspace_bytes.restype = ctypes.c_int64
         self._library.ds4sci_evoformer_status_string.restype = ctypes.c_char_p
         size = self._library.ds4sci_evoformer_params_size()
         if size != ctypes.sizeof(_Params):
@@ -68,13 +88,29 @@ class Extension:
                 f"{path} takes parameters of {size} bytes, expected {ctypes.sizeof(_Params)}: it was compiled from "
                 "another version of csrc/evoformer_attn; delete it to have it compiled again"
             )
+        self._entry_points: dict[str, _EntryPoints] = {}
+
+    def _of(self, path: str) -> _EntryPoints:
+        """Looked up at the first call: a library for other GPUs has no "sm90"."""
+        found = self._entry_points.get(path)
+        if found is None:
+            found = self._entry_points[path] = _EntryPoints(self._library, self.path, path)
+        return found
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask_bias: Tensor | None,
+        pair_bias: Tensor | None,
+        softmax_scale: float,
+        path: str = "sm80",
     ) -> tuple[Tensor, Tensor]:
         """o [B, N, Lq, H, D] in q's dtype and lse [B, N, H, Lq] relative to the row maxima of the biases.
 
-        lse is fp32; fp64 for fp32 problems, whose gradients would feel its rounding.
+        lse is fp32; fp64 for fp32 problems, whose gradients would feel its rounding. `path`: whose kernels run,
+        "sm80" or "sm90"; RuntimeError where the library was compiled without them.
         """
         head_dim = q.shape[-1]
         q, k, v = (_aligned_rows(x) for x in (q, k, v))
@@ -83,7 +119,7 @@ class Extension:
         lse = torch.empty((batch, rows, heads, q_len), dtype=_lse_dtype(q.dtype), device=q.device)
         pair_bias = _aligned_pair_bias(pair_bias)
         params = _make_params(q, k, v, mask_bias, pair_bias, o, lse, softmax_scale)
-        self._run(self._library.ds4sci_evoformer_fwd, params, q, backward=False)
+        self._run(self._of(path), params, q, backward=False)
         return _narrow(o, head_dim), lse
 
     def backward(
@@ -98,8 +134,10 @@ class Extension:
         lse: Tensor,
         softmax_scale: float,
         wanted: tuple[bool, bool, bool, bool, bool],
+        path: str = "sm80",
     ) -> tuple[Tensor | None, ...]:
         """dq, dk, dv, dmask_bias, dpair_bias in the shapes and dtypes of their inputs; None where not wanted."""
+        entry = self._of(path)
         head_dim = q.shape[-1]
         do, q, k, v = (_aligned_rows(x) for x in (do, q, k, v))
         o = _aligned_rows(o.contiguous())
@@ -120,11 +158,11 @@ class Extension:
         dmask = output(want_dmask, (batch, rows, heads, k_len), torch.float32)
         dpair = None
         if want_dpair:
-            params.dpair_splits = self._library.ds4sci_evoformer_dpair_splits(ctypes.byref(params), _num_sms(q.device))
+            params.dpair_splits = entry.dpair_splits(ctypes.byref(params), _num_sms(q.device))
             dpair = output(True, (params.dpair_splits, pair_bias.shape[0], heads, q_len, k_len), torch.float32)
         for name, tensor in (("dq", dq), ("dk", dk), ("dv", dv), ("dmask_bias", dmask), ("dpair_bias", dpair)):
             setattr(params, name, None if tensor is None else tensor.data_ptr())
-        self._run(self._library.ds4sci_evoformer_bwd, params, q, backward=True)
+        self._run(entry, params, q, backward=True)
 
         return (
             _narrow(dq, head_dim) if want_dq else None,
@@ -154,8 +192,9 @@ class Extension:
             if gradient is not None:
                 destination.copy_(gradient.view_as(destination))
 
-    def _run(self, function, params: _Params, like: Tensor, *, backward: bool) -> None:
-        size = self._library.ds4sci_evoformer_workspace_bytes(ctypes.byref(params), int(backward))
+    def _run(self, entry: _EntryPoints, params: _Params, like: Tensor, *, backward: bool) -> None:
+        function = entry.bwd if backward else entry.fwd
+        size = entry.workspace_bytes(ctypes.byref(params), int(backward))
         workspace = torch.empty(size, dtype=torch.uint8, device=like.device)
         params.workspace = workspace.data_ptr()
         if like.is_cuda:
