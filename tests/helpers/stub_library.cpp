@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The compiled library's C interface without its kernels: what a call costs before any of them, and what they are told.
-// Every path computes nothing and keeps a copy of the parameters of its last call.
+// The compiled library's C interface without its kernels: what a call costs before any of them, and what they are
+// told. Every path computes nothing and keeps a copy of the parameters of its last call.
 #include "params.h"
 
 namespace {
@@ -21,24 +21,24 @@ const char* ds4sci_evoformer_status_string(int32_t) { return "a status of the st
 }
 
 // The four functions of one path, and what its last call was told.
-#define DS4SCI_STUB_PATH(PREFIX, SPLITS)                                                                      \
-    extern "C" {                                                                                              \
-    ds4sci::EvoformerParams PREFIX##last;                                                                     \
-    int32_t PREFIX##calls[2];                                                                                 \
-    int64_t PREFIX##workspace_bytes(const ds4sci::EvoformerParams* params, int32_t backward) {                \
-        return workspace_bytes(*params, backward != 0);                                                       \
-    }                                                                                                         \
-    int32_t PREFIX##dpair_splits(const ds4sci::EvoformerParams*, int32_t) { return SPLITS; }                  \
-    int32_t PREFIX##fwd(const ds4sci::EvoformerParams* params) {                                              \
-        PREFIX##last = *params;                                                                               \
-        PREFIX##calls[0] += 1;                                                                                \
-        return 0;                                                                                             \
-    }                                                                                                         \
-    int32_t PREFIX##bwd(const ds4sci::EvoformerParams* params) {                                              \
-        PREFIX##last = *params;                                                                               \
-        PREFIX##calls[1] += 1;                                                                                \
-        return 0;                                                                                             \
-    }                                                                                                         \
+#define DS4SCI_STUB_PATH(PREFIX, SPLITS)                                                                              \
+    extern "C" {                                                                                                      \
+    ds4sci::EvoformerParams PREFIX##last;                                                                             \
+    int32_t PREFIX##calls[2];                                                                                         \
+    int64_t PREFIX##workspace_bytes(const ds4sci::EvoformerParams* params, int32_t backward) {                        \
+        return workspace_bytes(*params, backward != 0);                                                               \
+    }                                                                                                                 \
+    int32_t PREFIX##dpair_splits(const ds4sci::EvoformerParams*, int32_t) { return SPLITS; }                          \
+    int32_t PREFIX##fwd(const ds4sci::EvoformerParams* params) {                                                      \
+        PREFIX##last = *params;                                                                                       \
+        PREFIX##calls[0] += 1;                                                                                        \
+        return 0;                                                                                                     \
+    }                                                                                                                 \
+    int32_t PREFIX##bwd(const ds4sci::EvoformerParams* params) {                                                      \
+        PREFIX##last = *params;                                                                                       \
+        PREFIX##calls[1] += 1;                                                                                        \
+        return 0;                                                                                                     \
+    }                                                                                                                 \
     }
 
 DS4SCI_STUB_PATH(ds4sci_evoformer_, 1)
