@@ -10,13 +10,13 @@ compiled graph does not depend on it. Arguments have been checked by `evoformer_
 """
 
 import math
-from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ._dispatch import choose, problem_of
+from ._precision import own_precision
 from .reference import lse_dtype, reference_second_gradients
 
 NUM_INPUTS = 5  # q, k, v, mask_bias, pair_bias
@@ -37,25 +37,6 @@ def _unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _own_precision(device_type: str):
-    """Products in the op keep their dtype: no autocast (backward() may run inside it), no TF32 or bf16 for fp32."""
-    matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
-    if matmul.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return _enforced_precision(device_type, matmul)
-
-
-@contextmanager
-def _enforced_precision(device_type: str, matmul):
-    allowed = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision = allowed
-
-
 def _output_shapes(q: Tensor) -> tuple[tuple, tuple]:
     batch, rows, q_len, heads, head_dim = q.shape
     return (batch, rows, q_len, heads, head_dim), (batch, rows, heads, q_len)
@@ -67,8 +48,7 @@ def _forward(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
         return q.new_zeros(o_shape), q.new_full(lse_shape, math.inf, dtype=lse_dtype(q))
     chosen = choose(problem_of(q, k), implementation or None)
     q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
-    with _own_precision(q.device.type):
-        return chosen.forward(q, k, v, mask_bias, pair_bias, softmax_scale)
+    return chosen.forward(q, k, v, mask_bias, pair_bias, softmax_scale)
 
 
 def _forward_fake(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
@@ -91,8 +71,7 @@ def _backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implemen
         return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in sources]
     chosen = choose(problem_of(q, k), implementation or None)
     do, q, k, v = (_unit_last_stride(x) for x in (do, q, k, v))
-    with _own_precision(q.device.type):
-        grads = chosen.backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, tuple(wanted))
+    grads = chosen.backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, tuple(wanted))
     return [grad for grad, w in zip(grads, wanted, strict=True) if w]
 
 
@@ -163,7 +142,7 @@ class _Backward(torch.autograd.Function):
         cotangents = tuple(next(given) if w else None for w in ctx.wanted)
         do, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[: NUM_INPUTS + 1]
-        with _own_precision(do.device.type):
+        with own_precision(do.device.type):
             second = reference_second_gradients(cotangents, do, tuple(inputs), ctx.softmax_scale, needed)
         # o and lse are functions of the other inputs; their share is in the gradients above.
         return (*second, None, None, None, None, None)

@@ -2,9 +2,8 @@
 """Which implementation runs: one table, fastest first, decided from sizes alone and so testable without a GPU."""
 
 import logging
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +13,8 @@ from .reference import REFERENCE
 logger = logging.getLogger("deepspeed_ds4sci")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Everything the choice may depend on; no tensors."""
+class Problem(NamedTuple):
+    """Everything the choice may depend on; no tensors. Made and looked up in every call: a tuple is quick at both."""
 
     device_type: str  # "cuda", "cpu", ...
     capability: tuple[int, int] | None  # compute capability of a CUDA device, else None
@@ -33,7 +31,8 @@ class Implementation(Protocol):
     """One way to compute the op. Tensors are laid out as in `evoformer_attention`; none is empty.
 
     q, k, v and do come with a unit last stride and any other strides, 0 included; biases come with any strides.
-    Everything returned is contiguous.
+    Everything returned is contiguous. Who multiplies with torch decorates `forward` and `backward` with
+    `in_own_precision`: autocast may be on, and TF32 allowed.
     """
 
     name: str
