@@ -6,7 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from deepspeed_ds4sci.ops._extension import _PREFIXES, Extension, _Params
+from deepspeed_ds4sci.ops._extension import _PREFIXES, Extension
+from deepspeed_ds4sci.ops._params import Params
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +41,6 @@ class Record:
         return forward, backward
 
     @property
-    def params(self) -> _Params:
+    def params(self) -> Params:
         """A copy of the parameters of the last call."""
-        return _Params.from_buffer_copy(_Params.in_dll(self._library, f"{self._prefix}last"))
+        return Params.from_buffer_copy(Params.in_dll(self._library, f"{self._prefix}last"))
