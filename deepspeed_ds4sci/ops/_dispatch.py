@@ -14,7 +14,7 @@ logger = logging.getLogger("deepspeed_ds4sci")
 
 
 class Problem(NamedTuple):
-    """Everything the choice may depend on; no tensors. Made and looked up in every call: a tuple is quick at both."""
+    """Everything the choice may depend on; no tensors. Looked up in every call: a tuple has the quickest hash."""
 
     device_type: str  # "cuda", "cpu", ...
     capability: tuple[int, int] | None  # compute capability of a CUDA device, else None
@@ -164,7 +164,12 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+@lru_cache(maxsize=4096)
+def _problem(q_shape: tuple[int, ...], k_len: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    batch, rows, q_len, heads, head_dim = q_shape
+    return Problem(device.type, _capability(device), dtype, batch, rows, q_len, k_len, heads, head_dim)
+
+
 def problem_of(q: Tensor, k: Tensor) -> Problem:
     """The `Problem` of q [B, N, Lq, H, D] and k [B, N, Lk, H, D]."""
-    batch, rows, q_len, heads, head_dim = q.shape
-    return Problem(q.device.type, _capability(q.device), q.dtype, batch, rows, q_len, k.shape[2], heads, head_dim)
+    return _problem(q.shape, k.shape[2], q.dtype, q.device)
