@@ -3,11 +3,14 @@
 
 import itertools
 import shutil
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deepspeed_ds4sci.ops._extension import Extension
+from deepspeed_ds4sci.ops._params import layout_of, with_addresses
 from tests.helpers.inputs import make_inputs
 from tests.helpers.shapes import AttentionShape
 from tests.helpers.stub_library import Record, build
@@ -183,3 +186,27 @@ def test_keys_of_no_whole_16_bytes_get_longer_rows_in_the_pair_bias(stub):
     told = Record(stub, "sm80").params
     assert (told.pair_stride_q, told.k_len) == (24, 21) and told.pair_bias != address(inputs[4])
     assert stub.backward(o, *inputs, o, lse, 0.5, EVERY)[4].shape == inputs[4].shape
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_cuda_call_goes_to_the_tensors_device_and_its_current_stream(stub, monkeypatch, current):
+    """What is left to do on a GPU, with torch's CUDA functions stood in for."""
+    tensors = make_tensors()
+    o, lse = stub.forward(*tensors, 0.5)
+    plan = stub._plan(layout_of(*tensors, 0.5), "sm80")
+    params = with_addresses(plan.params, *tensors, o, lse)
+    entered, empty = [], torch.empty
+
+    @contextmanager
+    def device(given):
+        entered.append(given)
+        yield
+
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
+    on_second_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), shape=(1,), dtype=torch.bfloat16)
+    stub._run(plan.functions.fwd, plan, params, on_second_gpu)
+    assert Record(stub, "sm80").params.stream == 1001
+    assert entered == ([] if current == 1 else [torch.device("cuda", 1)])
