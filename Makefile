@@ -14,7 +14,7 @@ READY := $(VENV)/.ds4sci-ready
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-CXX_FILES = $(shell git ls-files '*.cu' '*.cuh' '*.h')
+CXX_FILES = $(shell git ls-files '*.cu' '*.cuh' '*.h' '*.cpp')
 # An empty file needs no licence.
 HEADED_FILES = $(shell git ls-files '*.py' '*.cu' '*.cuh' '*.h' '*.cpp' '*.sh' Makefile .ci/run)
 

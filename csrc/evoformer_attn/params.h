@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface of the compiled library: one plain struct in, one status out. No torch, no C++ types.
-// deepspeed_ds4sci/ops/_extension.py mirrors this struct field by field; ds4sci_evoformer_params_size() guards the
+// deepspeed_ds4sci/ops/_params.py mirrors this struct field by field; ds4sci_evoformer_params_size() guards the
 // copy.
 //
 // Axes: B batch, N rows that do not attend to each other, Lq / Lk attended lengths, H heads, D head dim. Strides count

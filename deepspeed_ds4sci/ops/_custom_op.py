@@ -10,13 +10,13 @@ compiled graph does not depend on it. Arguments have been checked by `evoformer_
 """
 
 import math
-from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ._dispatch import choose, problem_of
+from ._precision import own_precision
 from .reference import lse_dtype, reference_second_gradients
 
 NUM_INPUTS = 5  # q, k, v, mask_bias, pair_bias
@@ -32,28 +32,9 @@ _library.define(
 )
 
 
-def _unit_last_stride(tensor: Tensor) -> Tensor:
-    """`tensor`, copied only if neighbouring elements of a head are not neighbours in memory."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _own_precision(device_type: str):
-    """Products in the op keep their dtype: no autocast (backward() may run inside it), no TF32 or bf16 for fp32."""
-    matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
-    if matmul.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return _enforced_precision(device_type, matmul)
-
-
-@contextmanager
-def _enforced_precision(device_type: str, matmul):
-    allowed = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision = allowed
+def _unit_last_stride(*tensors: Tensor) -> list[Tensor]:
+    """Each of `tensors`, copied only if neighbouring elements of a head are not neighbours in memory."""
+    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
 
 
 def _output_shapes(q: Tensor) -> tuple[tuple, tuple]:
@@ -66,9 +47,8 @@ def _forward(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
         o_shape, lse_shape = _output_shapes(q)
         return q.new_zeros(o_shape), q.new_full(lse_shape, math.inf, dtype=lse_dtype(q))
     chosen = choose(problem_of(q, k), implementation or None)
-    q, k, v = _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v)
-    with _own_precision(q.device.type):
-        return chosen.forward(q, k, v, mask_bias, pair_bias, softmax_scale)
+    q, k, v = _unit_last_stride(q, k, v)
+    return chosen.forward(q, k, v, mask_bias, pair_bias, softmax_scale)
 
 
 def _forward_fake(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
@@ -76,35 +56,46 @@ def _forward_fake(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
     return q.new_empty(o_shape), q.new_empty(lse_shape, dtype=lse_dtype(q))
 
 
-def _wanted_inputs(inputs: tuple[Tensor | None, ...], wanted) -> list[Tensor]:
-    if wanted[3] and inputs[3].dtype == torch.bool:
+def _refuse_gradient_of_boolean(mask_bias: Tensor | None, wanted) -> None:
+    if wanted[3] and mask_bias.dtype == torch.bool:
         raise ValueError(
             "mask_bias must be a float tensor to have a gradient, got torch.bool; "
             "pass an additive mask (0 = keep, -inf = drop) to train it"
         )
-    return [x for x, w in zip(inputs, wanted, strict=True) if w]
+
+
+def _gradients(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, wanted):
+    """Of the five inputs; None where `wanted`, a tuple, is False."""
+    _refuse_gradient_of_boolean(mask_bias, wanted)
+    if q.numel() == 0 or k.numel() == 0:
+        return tuple(
+            torch.zeros_like(x, memory_format=torch.contiguous_format) if w else None
+            for x, w in zip((q, k, v, mask_bias, pair_bias), wanted, strict=True)
+        )
+    chosen = choose(problem_of(q, k), implementation or None)
+    do, q, k, v = _unit_last_stride(do, q, k, v)
+    return chosen.backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted)
 
 
 def _backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, wanted):
-    sources = _wanted_inputs((q, k, v, mask_bias, pair_bias), wanted)
-    if q.numel() == 0 or k.numel() == 0:
-        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in sources]
-    chosen = choose(problem_of(q, k), implementation or None)
-    do, q, k, v = (_unit_last_stride(x) for x in (do, q, k, v))
-    with _own_precision(q.device.type):
-        grads = chosen.backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, tuple(wanted))
-    return [grad for grad, w in zip(grads, wanted, strict=True) if w]
+    args = (do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, tuple(wanted))
+    return [grad for grad, w in zip(_gradients(*args), wanted, strict=True) if w]
 
 
 def _backward_fake(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, wanted):
-    return [x.new_empty(x.shape) for x in _wanted_inputs((q, k, v, mask_bias, pair_bias), wanted)]
+    _refuse_gradient_of_boolean(mask_bias, wanted)
+    return [x.new_empty(x.shape) for x, w in zip((q, k, v, mask_bias, pair_bias), wanted, strict=True) if w]
 
 
-def _is_unobserved(*tensors: Tensor | None) -> bool:
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
+
+
+def is_unobserved(*tensors: Tensor | None) -> bool:
     """Whether nobody could tell a call of the registered op from a direct call of the function behind it.
 
     The dispatcher visits Python four times in a forward and backward pass, 0.2 ms in all: as much as the kernels of a
     small problem. It is needed by compilers, dispatch and function modes, tensor subclasses and function transforms.
+    False also for what is neither a tensor nor None.
     """
     if (
         torch.compiler.is_compiling()
@@ -113,36 +104,56 @@ def _is_unobserved(*tensors: Tensor | None) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return False
-    return all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
+    return _PLAIN.issuperset(map(type, tensors))
 
 
-class _Forward(torch.autograd.Function):
-    """First derivatives: each gradient only when asked for."""
+def _save(ctx, inputs, o, lse, softmax_scale, implementation) -> None:
+    ctx.save_for_backward(*inputs, o, lse)
+    ctx.softmax_scale, ctx.implementation = softmax_scale, implementation
+    ctx.set_materialize_grads(False)
+
+
+def _first_derivatives(ctx, do) -> tuple:
+    """For each argument of `forward`, each gradient only when asked for."""
+    if do is None:
+        return (None,) * (NUM_INPUTS + 2)
+    wanted = ctx.needs_input_grad[:NUM_INPUTS]
+    saved = ctx.saved_tensors
+    # With gradients enabled somebody wants second derivatives, which the op's autograd key records.
+    if not torch.is_grad_enabled() and is_unobserved(do, *saved):
+        return (*_gradients(do, *saved, ctx.softmax_scale, ctx.implementation, wanted), None, None)
+    grads = iter(_backward_op(do, *saved, ctx.softmax_scale, ctx.implementation, wanted))
+    return (*(next(grads) if w else None for w in wanted), None, None)
+
+
+class _DirectForward(torch.autograd.Function):
+    """o of tensors that are unobserved."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
-        if _is_unobserved(q, k, v, mask_bias, pair_bias):
-            o, lse = _forward(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                o, lse = _forward_op(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
-        ctx.save_for_backward(q, k, v, mask_bias, pair_bias, o, lse)
-        ctx.softmax_scale, ctx.implementation = softmax_scale, implementation
+        o, lse = _forward(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
+        _save(ctx, (q, k, v, mask_bias, pair_bias), o, lse, softmax_scale, implementation)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        return _first_derivatives(ctx, do)
+
+
+class _Forward(torch.autograd.Function):
+    """o and lse, as the registered op returns them."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
+        with torch._C._AutoDispatchBelowAutograd():
+            o, lse = _forward_op(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
+        _save(ctx, (q, k, v, mask_bias, pair_bias), o, lse, softmax_scale, implementation)
         ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, _dlse):
-        if do is None:
-            return (None,) * (NUM_INPUTS + 2)
-        wanted = ctx.needs_input_grad[:NUM_INPUTS]
-        saved = ctx.saved_tensors
-        # With gradients enabled somebody wants second derivatives, which the op's autograd key records.
-        direct = not torch.is_grad_enabled() and _is_unobserved(do, *saved)
-        function = _backward if direct else _backward_op
-        grads = iter(function(do, *saved, ctx.softmax_scale, ctx.implementation, wanted))
-        return (*(next(grads) if w else None for w in wanted), None, None)
+        return _first_derivatives(ctx, do)
 
 
 class _Backward(torch.autograd.Function):
@@ -163,7 +174,7 @@ class _Backward(torch.autograd.Function):
         cotangents = tuple(next(given) if w else None for w in ctx.wanted)
         do, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[: NUM_INPUTS + 1]
-        with _own_precision(do.device.type):
+        with own_precision(do.device.type):
             second = reference_second_gradients(cotangents, do, tuple(inputs), ctx.softmax_scale, needed)
         # o and lse are functions of the other inputs; their share is in the gradients above.
         return (*second, None, None, None, None, None)
@@ -202,11 +213,18 @@ def evoformer_attn(
     pair_bias: Tensor | None,
     softmax_scale: float,
     implementation: str | None,
+    direct: bool,
 ) -> Tensor:
-    """o [B, N, Lq, H, D] of checked arguments; differentiable."""
-    inputs = (q, k, v, mask_bias, pair_bias)
-    function = _forward_op
-    if _is_unobserved(*inputs):
-        wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        function = _Forward.apply if wants_grad else _forward
-    return function(*inputs, softmax_scale, implementation or "")[0]
+    """o [B, N, Lq, H, D] of checked arguments; differentiable. `direct`: what `is_unobserved` says of the tensors."""
+    args = (q, k, v, mask_bias, pair_bias, softmax_scale, implementation or "")
+    if not direct:
+        return _forward_op(*args)[0]
+    if torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (mask_bias is not None and mask_bias.requires_grad)
+        or (pair_bias is not None and pair_bias.requires_grad)
+    ):
+        return _DirectForward.apply(*args)
+    return _forward(*args)[0]

@@ -2,9 +2,8 @@
 """Which implementation runs: one table, fastest first, decided from sizes alone and so testable without a GPU."""
 
 import logging
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +13,8 @@ from .reference import REFERENCE
 logger = logging.getLogger("deepspeed_ds4sci")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Everything the choice may depend on; no tensors."""
+class Problem(NamedTuple):
+    """Everything the choice may depend on; no tensors. Looked up in every call: a tuple has the quickest hash."""
 
     device_type: str  # "cuda", "cpu", ...
     capability: tuple[int, int] | None  # compute capability of a CUDA device, else None
@@ -33,7 +31,8 @@ class Implementation(Protocol):
     """One way to compute the op. Tensors are laid out as in `evoformer_attention`; none is empty.
 
     q, k, v and do come with a unit last stride and any other strides, 0 included; biases come with any strides.
-    Everything returned is contiguous.
+    Everything returned is contiguous. Who multiplies with torch decorates `forward` and `backward` with
+    `in_own_precision`: autocast may be on, and TF32 allowed.
     """
 
     name: str
@@ -165,7 +164,12 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+@lru_cache(maxsize=4096)
+def _problem(q_shape: tuple[int, ...], k_len: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    batch, rows, q_len, heads, head_dim = q_shape
+    return Problem(device.type, _capability(device), dtype, batch, rows, q_len, k_len, heads, head_dim)
+
+
 def problem_of(q: Tensor, k: Tensor) -> Problem:
     """The `Problem` of q [B, N, Lq, H, D] and k [B, N, Lk, H, D]."""
-    batch, rows, q_len, heads, head_dim = q.shape
-    return Problem(q.device.type, _capability(q.device), q.dtype, batch, rows, q_len, k.shape[2], heads, head_dim)
+    return _problem(q.shape, k.shape[2], q.dtype, q.device)

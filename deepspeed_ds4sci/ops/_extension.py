@@ -2,47 +2,62 @@
 """The compiled library behind a Python face: torch tensors in, torch tensors out.
 
 The library is plain C (csrc/evoformer_attn/params.h) and knows nothing of torch, so another torch needs no rebuild.
-Here live the parameter struct's mirror, the allocation of outputs and scratch memory, and the copies for tensors whose
-layout the kernels cannot read (16-byte alignment).
+Here outputs and scratch memory are allocated; `_layout` copies what the kernels cannot read. Small problems take the
+host longer than the kernels, so whatever follows from sizes, strides and dtypes is worked out once and kept as a
+`_Plan`; a call adds the addresses.
 """
 
 import ctypes
 import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
-_ALIGNMENT_BYTES = 16
-_MAX_STRIDE = 2**31 - 1  # from one position of a row to the next, elements; kernels keep it in 32 bits
-_POINTERS = (
-    *("q", "k", "v", "mask_bias", "pair_bias", "o", "lse"),
-    *("d_o", "dq", "dk", "dv", "dpair_bias", "dmask_bias", "workspace", "stream"),
-)
-_ROW_STRIDES = ("q_stride", "k_stride", "v_stride", "d_o_stride")
-_STRIDES = ("mask_stride_b", "mask_stride_n", "mask_stride_k", "pair_stride_b", "pair_stride_h", "pair_stride_q")
-_INTS = (
-    *("batch", "rows", "q_len", "k_len", "heads", "head_dim", "dtype", "mask_dtype", "pair_dtype"),
-    *("mask_batch", "mask_rows", "pair_batch", "pair_heads", "dpair_splits"),
-)
+from . import _layout
+from ._params import POINTERS, Layout, Params, RowStrides, layout_of, lse_dtype, make_params, with_addresses
+
+_KEPT_PLANS = 4096  # about 2 KiB each
+_SOME_ADDRESS = 256  # a multiple of every alignment
+# Every path takes the same parameters and has four functions of its own; "sm90" is there if the GPUs were targeted.
+_PREFIXES = {"sm80": "ds4sci_evoformer_", "sm90": "ds4sci_evoformer_sm90_"}
 
 
-class _RowStrides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("b", "n", "l", "h")]
+class _EntryPoints:
+    """The library's functions of one path.
+
+    Raises:
+        RuntimeError: the library was compiled without this path.
+    """
+
+    def __init__(self, library: ctypes.CDLL, file: Path, path: str):
+        prefix = _PREFIXES[path]
+        try:
+            self.fwd = library[f"{prefix}fwd"]
+            self.bwd = library[f"{prefix}bwd"]
+            self.workspace_bytes = library[f"{prefix}workspace_bytes"]
+            self.dpair_splits = library[f"{prefix}dpair_splits"]
+        except AttributeError as error:
+            raise RuntimeError(f"{file} was compiled without the {path} kernels: {error}") from error
+        self.workspace_bytes.restype = ctypes.c_int64
+        self.fwd.argtypes = self.bwd.argtypes = (ctypes.POINTER(Params),)
+        self.workspace_bytes.argtypes = self.dpair_splits.argtypes = (ctypes.POINTER(Params), ctypes.c_int32)
 
 
-class _Params(ctypes.Structure):
-    """Mirror of EvoformerParams in csrc/evoformer_attn/params.h."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What every call with the same sizes, strides, dtypes, device and scale has in common."""
 
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _POINTERS]
-        + [(name, _RowStrides) for name in _ROW_STRIDES]
-        + [(name, ctypes.c_int64) for name in _STRIDES]
-        + [(name, ctypes.c_int32) for name in _INTS]
-        + [("softmax_scale", ctypes.c_float)]
-    )
+    functions: _EntryPoints
+    params: Params  # all but the addresses, which are null
+    readable: bool  # at aligned addresses the kernels can read the tensors as they are
+    workspace_bytes: int
+    lse_dtype: torch.dtype
+    lse_shape: tuple[int, ...]  # [B, N, H, Lq]
+    dmask_shape: tuple[int, ...]  # [B, N, H, Lk]
+    dpair_shape: tuple[int, ...]  # [B|1, 1, H, Lq, Lk], after an axis of shares of the rows if there are several
 
 
 class Extension:
@@ -60,31 +75,54 @@ class Extension:
         self.path = Path(path)
         self._library = ctypes.CDLL(str(path))
         self._library.ds4sci_evoformer_params_size.restype = ctypes.c_int64
-        self._library.ds4sci_evoformer_workspace_bytes.restype = ctypes.c_int64
         self._library.ds4sci_evoformer_status_string.restype = ctypes.c_char_p
         size = self._library.ds4sci_evoformer_params_size()
-        if size != ctypes.sizeof(_Params):
+        if size != ctypes.sizeof(Params):
             raise RuntimeError(
-                f"{path} takes parameters of {size} bytes, expected {ctypes.sizeof(_Params)}: it was compiled from "
+                f"{path} takes parameters of {size} bytes, expected {ctypes.sizeof(Params)}: it was compiled from "
                 "another version of csrc/evoformer_attn; delete it to have it compiled again"
             )
+        self._entry_points: dict[str, _EntryPoints] = {}
+        self._plan = functools.lru_cache(maxsize=_KEPT_PLANS)(self._make_plan)
+
+    def _of(self, path: str) -> _EntryPoints:
+        """Looked up at the first call: a library for other GPUs has no "sm90"."""
+        found = self._entry_points.get(path)
+        if found is None:
+            found = self._entry_points[path] = _EntryPoints(self._library, self.path, path)
+        return found
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask_bias: Tensor | None,
+        pair_bias: Tensor | None,
+        softmax_scale: float,
+        path: str = "sm80",
     ) -> tuple[Tensor, Tensor]:
         """o [B, N, Lq, H, D] in q's dtype and lse [B, N, H, Lq] relative to the row maxima of the biases.
 
-        lse is fp32; fp64 for fp32 problems, whose gradients would feel its rounding.
+        lse is fp32; fp64 for fp32 problems, whose gradients would feel its rounding. `path`: whose kernels run,
+        "sm80" or "sm90"; RuntimeError where the library was compiled without them.
         """
+        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path)
+        if plan.readable and _layout.addresses_are_aligned(q, k, v, pair_bias):
+            return self._forward(plan, q, k, v, mask_bias, pair_bias)
         head_dim = q.shape[-1]
-        q, k, v = (_aligned_rows(x) for x in (q, k, v))
-        batch, rows, q_len, heads, _ = q.shape
-        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty((batch, rows, heads, q_len), dtype=_lse_dtype(q.dtype), device=q.device)
-        pair_bias = _aligned_pair_bias(pair_bias)
-        params = _make_params(q, k, v, mask_bias, pair_bias, o, lse, softmax_scale)
-        self._run(self._library.ds4sci_evoformer_fwd, params, q, backward=False)
-        return _narrow(o, head_dim), lse
+        q, k, v = (_layout.readable_rows(x) for x in (q, k, v))
+        pair_bias = _layout.readable_pair_bias(pair_bias)
+        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path)
+        o, lse = self._forward(plan, q, k, v, mask_bias, pair_bias)
+        return _layout.narrow(o, head_dim), lse
+
+    def _forward(self, plan: _Plan, q, k, v, mask_bias, pair_bias) -> tuple[Tensor, Tensor]:
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(plan.lse_shape, dtype=plan.lse_dtype, device=q.device)
+        params = with_addresses(plan.params, q, k, v, mask_bias, pair_bias, o, lse)
+        self._run(plan.functions.fwd, plan, params, q)
+        return o, lse
 
     def backward(
         self,
@@ -98,38 +136,44 @@ class Extension:
         lse: Tensor,
         softmax_scale: float,
         wanted: tuple[bool, bool, bool, bool, bool],
+        path: str = "sm80",
     ) -> tuple[Tensor | None, ...]:
         """dq, dk, dv, dmask_bias, dpair_bias in the shapes and dtypes of their inputs; None where not wanted."""
+        of_backward = (do.stride(), o.is_contiguous(), wanted)
+        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path, of_backward)
+        if plan.readable and _layout.addresses_are_aligned(do, q, k, v, pair_bias, o):
+            return self._backward(plan, do, q, k, v, mask_bias, pair_bias, o, lse, wanted)
         head_dim = q.shape[-1]
-        do, q, k, v = (_aligned_rows(x) for x in (do, q, k, v))
-        o = _aligned_rows(o.contiguous())
-        aligned_pair_bias = _aligned_pair_bias(pair_bias)
-        params = _make_params(q, k, v, mask_bias, aligned_pair_bias, o, lse, softmax_scale)
+        do, q, k, v, o = (_layout.readable_rows(x) for x in (do, q, k, v, o.contiguous()))
+        pair_bias = _layout.readable_pair_bias(pair_bias)
+        of_backward = (do.stride(), True, wanted)
+        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path, of_backward)
+        dq, dk, dv, *of_biases = self._backward(plan, do, q, k, v, mask_bias, pair_bias, o, lse, wanted)
+        return (*(_layout.narrow(x, head_dim) for x in (dq, dk, dv)), *of_biases)
+
+    def _backward(self, plan: _Plan, do, q, k, v, mask_bias, pair_bias, o, lse, wanted) -> tuple[Tensor | None, ...]:
+        params = with_addresses(plan.params, q, k, v, mask_bias, pair_bias, o, lse)
         params.d_o = do.data_ptr()
-        params.d_o_stride = _row_strides(do)
-
-        def output(condition: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-            return torch.empty(shape, dtype=dtype, device=q.device) if condition else None
-
-        batch, rows, q_len, heads, _ = q.shape
-        k_len = k.shape[2]
         want_dq, want_dk, want_dv, want_dmask, want_dpair = wanted
-        dq = output(want_dq, q.shape, q.dtype)
-        dk = output(want_dk or want_dv, k.shape, k.dtype)
-        dv = output(want_dk or want_dv, v.shape, v.dtype)
-        dmask = output(want_dmask, (batch, rows, heads, k_len), torch.float32)
-        dpair = None
+        dq = dk = dv = dmask = dpair = None
+        if want_dq:
+            dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+            params.dq = dq.data_ptr()
+        if want_dk or want_dv:
+            dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+            dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+            params.dk, params.dv = dk.data_ptr(), dv.data_ptr()
+        if want_dmask:
+            dmask = torch.empty(plan.dmask_shape, dtype=torch.float32, device=q.device)
+            params.dmask_bias = dmask.data_ptr()
         if want_dpair:
-            params.dpair_splits = self._library.ds4sci_evoformer_dpair_splits(ctypes.byref(params), _num_sms(q.device))
-            dpair = output(True, (params.dpair_splits, pair_bias.shape[0], heads, q_len, k_len), torch.float32)
-        for name, tensor in (("dq", dq), ("dk", dk), ("dv", dv), ("dmask_bias", dmask), ("dpair_bias", dpair)):
-            setattr(params, name, None if tensor is None else tensor.data_ptr())
-        self._run(self._library.ds4sci_evoformer_bwd, params, q, backward=True)
-
+            dpair = torch.empty(plan.dpair_shape, dtype=torch.float32, device=q.device)
+            params.dpair_bias = dpair.data_ptr()
+        self._run(plan.functions.bwd, plan, params, q)
         return (
-            _narrow(dq, head_dim) if want_dq else None,
-            _narrow(dk, head_dim) if want_dk else None,
-            _narrow(dv, head_dim) if want_dv else None,
+            dq,
+            dk if want_dk else None,
+            dv if want_dv else None,
             _reduce_mask_gradient(dmask, mask_bias) if want_dmask else None,
             _reduce_pair_gradient(dpair, pair_bias) if want_dpair else None,
         )
@@ -145,7 +189,7 @@ class Extension:
         """DeepSpeed's backward entry point: writes dq, dk, dv, and db1, db2 unless empty. `delta` stays unused."""
         do5, q5, k5, v5, o5 = _five_axes(do, q, k, v, o)
         q_len = q.shape[-3]
-        lse = lse[..., :q_len].reshape(*q5.shape[:2], q.shape[-2], q_len).to(_lse_dtype(q.dtype)).contiguous()
+        lse = lse[..., :q_len].reshape(*q5.shape[:2], q.shape[-2], q_len).to(lse_dtype(q.dtype)).contiguous()
         wanted = (True, True, True, db1.numel() > 0, db2.numel() > 0)
         gradients = self.backward(
             do5, q5, k5, v5, _present(bias1), _present(bias2), o5, lse, q.shape[-1] ** -0.5, wanted
@@ -154,19 +198,56 @@ class Extension:
             if gradient is not None:
                 destination.copy_(gradient.view_as(destination))
 
-    def _run(self, function, params: _Params, like: Tensor, *, backward: bool) -> None:
-        size = self._library.ds4sci_evoformer_workspace_bytes(ctypes.byref(params), int(backward))
-        workspace = torch.empty(size, dtype=torch.uint8, device=like.device)
+    def _make_plan(
+        self, layout: Layout, path: str, of_backward: tuple[tuple[int, ...], bool, tuple[bool, ...]] | None = None
+    ) -> _Plan:
+        """of_backward: do's stride, whether o is contiguous, and which gradients are wanted."""
+        functions = self._of(path)
+        batch, rows, q_len, heads, _ = layout.q_shape
+        k_len = layout.k_shape[2]
+        params = make_params(layout)
+        # Sizes depend on which tensors are there, not on where: any address will do.
+        biases = {"mask_bias": layout.mask, "pair_bias": layout.pair}
+        present = ["q", "k", "v", "o", "lse", *(name for name, bias in biases.items() if bias is not None)]
+        _point(params, present, _SOME_ADDRESS)
+        dpair_shape = ()
+        if of_backward is not None:
+            do_stride, _, (want_dq, want_dk, want_dv, want_dmask, want_dpair) = of_backward
+            params.d_o_stride = RowStrides(*do_stride[:4])
+            if want_dpair:
+                params.dpair_splits = functions.dpair_splits(params, _num_sms(layout.device))
+                shares = (params.dpair_splits,) if params.dpair_splits > 1 else ()
+                dpair_shape = (*shares, layout.pair.shape[0], 1, heads, q_len, k_len)
+            outputs = {"dq": want_dq, "dk": want_dk or want_dv, "dmask_bias": want_dmask, "dpair_bias": want_dpair}
+            _point(params, ["d_o", *(name for name, is_wanted in outputs.items() if is_wanted)], _SOME_ADDRESS)
+            params.dv = params.dk
+        workspace_bytes = functions.workspace_bytes(params, int(of_backward is not None))
+        _point(params, POINTERS, None)
+        return _Plan(
+            functions,
+            params,
+            _is_readable(layout, of_backward),
+            workspace_bytes,
+            lse_dtype(layout.dtype),
+            lse_shape=(batch, rows, heads, q_len),
+            dmask_shape=(batch, rows, heads, k_len),
+            dpair_shape=dpair_shape,
+        )
+
+    def _run(self, function, plan: _Plan, params: Params, like: Tensor) -> None:
+        device = like.device
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
         params.workspace = workspace.data_ptr()
         if like.is_cuda:
-            params.stream = torch.cuda.current_stream(like.device).cuda_stream
-            if like.device.index == torch.cuda.current_device():
-                status = function(ctypes.byref(params))
+            # What torch.cuda.current_stream() and current_device() end in, without their objects.
+            params.stream = torch._C._cuda_getCurrentRawStream(device.index)
+            if device.index == torch._C._cuda_getDevice():
+                status = function(params)
             else:
-                with torch.cuda.device(like.device):
-                    status = function(ctypes.byref(params))
+                with torch.cuda.device(device):
+                    status = function(params)
         else:  # the library of the tests' emulator
-            status = function(ctypes.byref(params))
+            status = function(params)
         if status != 0:
             reason = self._library.ds4sci_evoformer_status_string(status).decode()
             raise RuntimeError(
@@ -174,106 +255,37 @@ class Extension:
             )
 
 
-def _make_params(q, k, v, mask_bias, pair_bias, o, lse, softmax_scale) -> _Params:
-    batch, rows, q_len, heads, head_dim = q.shape
-    params = _Params(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        o=o.data_ptr(),
-        lse=lse.data_ptr(),
-        q_stride=_row_strides(q),
-        k_stride=_row_strides(k),
-        v_stride=_row_strides(v),
-        batch=batch,
-        rows=rows,
-        q_len=q_len,
-        k_len=k.shape[2],
-        heads=heads,
-        head_dim=head_dim,
-        dtype=_DTYPE_CODES[q.dtype],
-        dpair_splits=1,
-        softmax_scale=softmax_scale,
-    )
-    if mask_bias is not None:
-        params.mask_bias = mask_bias.data_ptr()
-        params.mask_dtype = _DTYPE_CODES[mask_bias.dtype]
-        params.mask_batch, params.mask_rows = mask_bias.shape[:2]
-        params.mask_stride_b, params.mask_stride_n, _, _, params.mask_stride_k = mask_bias.stride()
-    if pair_bias is not None:
-        params.pair_bias = pair_bias.data_ptr()
-        params.pair_dtype = _DTYPE_CODES[pair_bias.dtype]
-        params.pair_batch, params.pair_heads = pair_bias.shape[0], pair_bias.shape[2]
-        params.pair_stride_b, _, params.pair_stride_h, params.pair_stride_q, _ = pair_bias.stride()
-    return params
+def _point(params: Params, names: Iterable[str], address: int | None) -> None:
+    for name in names:
+        setattr(params, name, address)
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float32 else torch.float32
-
-
-def _row_strides(x: Tensor) -> _RowStrides:
-    return _RowStrides(*x.stride()[:4])
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Whether every row of the last axis is contiguous and starts at a multiple of 16 bytes."""
-    *outer, last = x.stride()
-    if last != 1 and x.shape[-1] > 1:
+def _is_readable(layout: Layout, of_backward: tuple | None) -> bool:
+    read = [(layout.q_shape, layout.q_stride), (layout.k_shape, layout.k_stride), (layout.k_shape, layout.v_stride)]
+    if of_backward is not None:
+        do_stride, o_is_contiguous, _ = of_backward
+        if not o_is_contiguous:
+            return False
+        read.append((layout.q_shape, do_stride))
+    if layout.pair is not None and not _layout.is_readable(*layout.pair):
         return False
-    # One test for all strides at once: this runs for every tensor of every call.
-    bits = x.data_ptr()
-    size = x.element_size()
-    for stride in outer:
-        bits |= stride * size
-    if bits % _ALIGNMENT_BYTES == 0:
-        return True
-    aligned = all(
-        n == 1 or stride * size % _ALIGNMENT_BYTES == 0 for n, stride in zip(x.shape[:-1], outer, strict=True)
-    )
-    return aligned and x.data_ptr() % _ALIGNMENT_BYTES == 0
-
-
-def _aligned_rows(x: Tensor) -> Tensor:
-    """x, or a copy whose head dim is padded with zeros to a multiple of 16 bytes."""
-    elements = _ALIGNMENT_BYTES // x.element_size()
-    if x.shape[-1] % elements != 0:
-        return F.pad(x, (0, -x.shape[-1] % elements))
-    return x if _is_aligned(x) and x.stride(2) <= _MAX_STRIDE else x.contiguous()
-
-
-def _aligned_pair_bias(pair_bias: Tensor | None) -> Tensor | None:
-    """pair_bias, or a copy whose rows start at multiples of 16 bytes and hold whole 16 bytes: kernels read those."""
-    if pair_bias is None:
-        return None
-    *leading, k_len = pair_bias.shape
-    padding = -k_len % (_ALIGNMENT_BYTES // pair_bias.element_size())
-    if padding == 0 and _is_aligned(pair_bias):
-        return pair_bias
-    # The padding is read, not used; zeros, so that no tool takes it for a mistake.
-    copy = pair_bias.new_zeros(*leading, k_len + padding)[..., :k_len]
-    return copy.copy_(pair_bias)
-
-
-def _narrow(x: Tensor, head_dim: int) -> Tensor:
-    return x if x.shape[-1] == head_dim else x[..., :head_dim].contiguous()
+    return all(_layout.rows_are_readable(shape, stride, layout.dtype) for shape, stride in read)
 
 
 def _reduce_mask_gradient(dmask: Tensor, mask_bias: Tensor) -> Tensor:
     """[B, N, H, Lk] fp32 -> the mask's shape and dtype."""
-    dmask = dmask.sum(dim=2)  # [B, N, Lk]
-    summed = [axis for axis in (0, 1) if mask_bias.shape[axis] == 1 and dmask.shape[axis] > 1]
-    if summed:
-        dmask = dmask.sum(dim=summed, keepdim=True)
-    return dmask.to(mask_bias.dtype)[:, :, None, None, :]
+    axes = [axis for axis in (0, 1) if mask_bias.shape[axis] == 1 and dmask.shape[axis] > 1]
+    dmask = dmask.sum(dim=(*axes, 2), keepdim=True)  # [B|1, N|1, 1, Lk]
+    return dmask.to(mask_bias.dtype).unsqueeze(2)
 
 
 def _reduce_pair_gradient(dpair: Tensor, pair_bias: Tensor) -> Tensor:
-    """[splits, B|1, H, Lq, Lk] fp32 -> the pair bias's shape and dtype."""
-    dpair = dpair.sum(dim=0) if dpair.shape[0] > 1 else dpair[0]
-    if pair_bias.shape[2] == 1 and dpair.shape[1] > 1:
-        dpair = dpair.sum(dim=1, keepdim=True)
-    return dpair.to(pair_bias.dtype)[:, None]
+    """`_Plan.dpair_shape` fp32 -> the pair bias's shape and dtype."""
+    if dpair.dim() > pair_bias.dim():
+        dpair = dpair.sum(dim=0)
+    if pair_bias.shape[2] == 1 and dpair.shape[2] > 1:
+        dpair = dpair.sum(dim=2, keepdim=True)
+    return dpair if dpair.dtype == pair_bias.dtype else dpair.to(pair_bias.dtype)
 
 
 def _five_axes(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._custom_op import evoformer_attn
+from ._custom_op import evoformer_attn, is_unobserved
 
 MAX_HEAD_DIM = 128
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -83,6 +83,39 @@ def without_repeats(tensor: Tensor, axes: Iterable[int]) -> Tensor:
     return _WithoutRepeats.apply(tensor, repeated) if repeated else tensor
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None) -> None:
+    _check_qkv(q, k, v)
+    batch, rows, q_len, heads, _ = q.shape
+    k_len = k.shape[2]
+    if mask_bias is not None:
+        _check_bias("mask_bias", "[B, N, 1, 1, Lk]", mask_bias, (batch, rows, 1, 1, k_len), q, True)
+    if pair_bias is not None:
+        _require_tensor("pair_bias", pair_bias)
+        per_row = pair_bias.dim() == 5 and pair_bias.shape[1] == rows and rows != 1
+        form, bias_rows = ("[B, N, H, Lq, Lk]", rows) if per_row else ("[B, 1, H, Lq, Lk]", 1)
+        _check_bias("pair_bias", form, pair_bias, (batch, bias_rows, heads, q_len, k_len), q, False)
+
+
+# Forms of arguments that need no second look. Checks take as long as everything else before a small problem's kernels.
+_canonical: set[tuple] = set()
+_MAX_FORMS = 4096
+
+
+def _form_of(q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None) -> tuple:
+    """Everything that `_check` and `without_repeats` look at. For plain tensors: symbolic sizes have no hash."""
+    return (
+        *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
+        None if mask_bias is None else (mask_bias.shape, mask_bias.dtype, mask_bias.device),
+        None if pair_bias is None else (pair_bias.shape, pair_bias.dtype, pair_bias.device, pair_bias.stride()),
+    )
+
+
+def _remember(form: tuple) -> None:
+    if len(_canonical) >= _MAX_FORMS:
+        _canonical.clear()
+    _canonical.add(form)
+
+
 def _under_autocast(q, k, v, mask_bias, pair_bias):
     """q, k, v in the autocast dtype; a bias that is then neither of that dtype nor fp32 follows. fp64 stays."""
     device_type = q.device.type
@@ -97,20 +130,20 @@ def _under_autocast(q, k, v, mask_bias, pair_bias):
     return cast(q), cast(k), cast(v), cast(mask_bias, fp32), cast(pair_bias, fp32)
 
 
-def _rows_as_batch(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
+def _rows_as_batch(q, k, v, mask_bias, pair_bias, *rest):
     """A pair bias [B|1, N, H, Lq, Lk] that differs from row to row: rows become batch entries with their own bias."""
     batch, rows = q.shape[:2]
     if pair_bias.shape[0] == 1:  # [N, B, ...]: views only
         q, k, v, pair_bias = (x.transpose(0, 1) for x in (q, k, v, pair_bias))
         mask_bias = None if mask_bias is None else mask_bias.transpose(0, 1)
-        o = evoformer_attn(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
+        o = evoformer_attn(q, k, v, mask_bias, pair_bias, *rest)
         return o.transpose(0, 1).contiguous()
 
     def fold(x):  # [B*N, 1, ...]
         return x.expand(batch, rows, *x.shape[2:]).reshape(batch * rows, 1, *x.shape[2:])
 
     mask_bias = None if mask_bias is None else fold(mask_bias)
-    o = evoformer_attn(fold(q), fold(k), fold(v), mask_bias, fold(pair_bias), softmax_scale, implementation)
+    o = evoformer_attn(fold(q), fold(k), fold(v), mask_bias, fold(pair_bias), *rest)
     return o.view(batch, rows, *o.shape[2:])
 
 
@@ -153,20 +186,16 @@ def evoformer_attention(
 
     Source: Jumper et al. 2021, Supplementary Algorithms 7, 8, 13, 14.
     """
-    _require_tensor("q", q)
-    q, k, v, mask_bias, pair_bias = _under_autocast(q, k, v, mask_bias, pair_bias)
-    _check_qkv(q, k, v)
-    batch, rows, q_len, heads, head_dim = q.shape
-    k_len = k.shape[2]
-    if mask_bias is not None:
-        _check_bias("mask_bias", "[B, N, 1, 1, Lk]", mask_bias, (batch, rows, 1, 1, k_len), q, True)
-    softmax_scale = (max(head_dim, 1) ** -0.5) if softmax_scale is None else float(softmax_scale)
-    if pair_bias is not None:
-        _require_tensor("pair_bias", pair_bias)
-        per_row = pair_bias.dim() == 5 and pair_bias.shape[1] == rows and rows != 1
-        form, bias_rows = ("[B, N, H, Lq, Lk]", rows) if per_row else ("[B, 1, H, Lq, Lk]", 1)
-        _check_bias("pair_bias", form, pair_bias, (batch, bias_rows, heads, q_len, k_len), q, False)
-        pair_bias = without_repeats(pair_bias, (0, 1, 2))
-        if pair_bias.shape[1] != 1:
-            return _rows_as_batch(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
-    return evoformer_attn(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require_tensor(name, x)
+    direct = is_unobserved(q, k, v, mask_bias, pair_bias)
+    form = _form_of(q, k, v, mask_bias, pair_bias) if direct and not torch.is_autocast_enabled(q.device.type) else None
+    if form is None or form not in _canonical:
+        q, k, v, mask_bias, given = _under_autocast(q, k, v, mask_bias, pair_bias)
+        _check(q, k, v, mask_bias, given)
+        pair_bias = None if given is None else without_repeats(given, (0, 1, 2))
+        if form is not None and pair_bias is given:
+            _remember(form)
+    softmax_scale = (max(q.shape[-1], 1) ** -0.5) if softmax_scale is None else float(softmax_scale)
+    attend = evoformer_attn if pair_bias is None or pair_bias.shape[1] == 1 else _rows_as_batch
+    return attend(q, k, v, mask_bias, pair_bias, softmax_scale, implementation, direct)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ._precision import in_own_precision
+
 NEG_INF = -math.inf
 LARGE_BIAS = 1e3
 
@@ -196,11 +198,13 @@ class ReferenceImplementation:
     def unsupported_reason(self, problem) -> str | None:
         return None
 
+    @in_own_precision
     def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
         with torch.no_grad():
             o, lse = attention_and_lse(q, k, v, mask_bias, pair_bias, softmax_scale)
         return o, lse.to(lse_dtype(q))
 
+    @in_own_precision
     def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
         return reference_gradients(do, (q, k, v, mask_bias, pair_bias), softmax_scale, wanted)
 

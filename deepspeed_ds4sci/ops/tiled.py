@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._precision import in_own_precision
 from ._workers import run_side_by_side
 from .reference import NEG_INF, compute_dtype, lse_dtype, row_shift
 
@@ -341,6 +342,7 @@ class TiledImplementation:
     def unsupported_reason(self, problem) -> str | None:
         return None
 
+    @in_own_precision
     def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
         batch, rows, q_len, heads, _ = q.shape
         o = q.new_empty(q.shape)
@@ -358,6 +360,7 @@ class TiledImplementation:
         run_side_by_side(work, parts)
         return o, lse
 
+    @in_own_precision
     def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
         call = _Call(q, mask_bias, pair_bias)
         dqkv = tuple(q.new_empty(x.shape) if w else None for x, w in zip((q, k, v), wanted[:3], strict=True))

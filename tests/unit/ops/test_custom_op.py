@@ -9,8 +9,10 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from deepspeed_ds4sci.ops import _custom_op
+from deepspeed_ds4sci.ops._precision import own_precision
 from deepspeed_ds4sci.ops.evoformer_attention import evoformer_attention
+from deepspeed_ds4sci.ops.reference import REFERENCE
+from deepspeed_ds4sci.ops.tiled import TILED
 from tests.helpers.inputs import make_inputs
 from tests.helpers.numerics import run, run_op
 from tests.helpers.shapes import AttentionShape
@@ -297,9 +299,38 @@ def test_reduced_precision_of_fp32_products_is_off_inside_and_restored(device_ty
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with pytest.raises(KeyError), _custom_op._own_precision(device_type):
+        with pytest.raises(KeyError), own_precision(device_type):
             assert matmul.fp32_precision == "ieee"
             raise KeyError
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+class Settings(TorchDispatchMode):
+    """Notes under which settings operations run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add((torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.matmul.fp32_precision))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("entry", [TILED, REFERENCE], ids=lambda entry: entry.name)
+def test_implementations_of_torch_products_set_it(entry):
+    inputs = make_inputs(SHAPE, torch.float32)
+    tensors = tuple(x.detach() for x in inputs.tensors())
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        with torch.autocast("cpu"):
+            with Settings() as forward:
+                o, lse = entry.forward(*tensors, 0.5)
+            with Settings() as backward:
+                entry.backward(inputs.do, *tensors, o, lse, 0.5, (True,) * 5)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert forward.seen == backward.seen == {(False, "ieee")}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepspeed_ds4sci.ops import _custom_op, _dispatch
+from deepspeed_ds4sci.ops import evoformer_attention as entry
 from deepspeed_ds4sci.ops.evoformer_attention import evoformer_attention, without_repeats
 from tests.helpers.inputs import make_inputs, repeated_axes
 from tests.helpers.numerics import run_op
@@ -270,3 +271,57 @@ def test_a_pair_bias_of_each_row_shared_by_samples():
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
     assert results[0][0].is_contiguous()
+
+
+class TestArgumentsLikeThoseOfAnEarlierCall:
+    """Checks are left out for them alone."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_known(self, monkeypatch):
+        monkeypatch.setattr(entry, "_canonical", set())
+
+    def make(self, **changes):
+        return {**arguments(mask_bias=zeros(2, 3, 1, 1, 7), pair_bias=zeros(2, 1, 4, 5, 7)), **changes}
+
+    def test_are_not_checked_again(self, monkeypatch):
+        expected = evoformer_attention(**self.make())
+        monkeypatch.setattr(entry, "_check", None)
+        assert torch.equal(evoformer_attention(**self.make()), expected)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"k": zeros(2, 3, 7, 4, 16)},
+            {"k": zeros(2, 3, 7, 4, 8, dtype=torch.bfloat16)},
+            {"k": zeros(2, 3, 7, 4, 8, device="meta")},
+            {"v": zeros(2, 3, 8, 4, 8)},
+            {"v": zeros(2, 3, 7, 4, 8, dtype=torch.float64)},
+            {"v": zeros(2, 3, 7, 4, 8, device="meta")},
+            {"v": None},
+            {"mask_bias": zeros(2, 3, 1, 1, 8)},
+            {"mask_bias": zeros(2, 3, 1, 1, 7, dtype=torch.float64)},
+            {"mask_bias": zeros(2, 3, 1, 1, 7, device="meta")},
+            {"pair_bias": zeros(2, 1, 3, 5, 7)},
+            {"pair_bias": zeros(2, 1, 4, 5, 7, dtype=torch.bool)},
+            {"pair_bias": zeros(2, 1, 4, 5, 7, device="meta")},
+            {"q": zeros(2, 3, 5, 4, 9)},
+        ],
+        ids=lambda change: "-".join((*change, *(str(getattr(x, "shape", x)) for x in change.values()))),
+    )
+    def test_any_difference_is_checked(self, change):
+        evoformer_attention(**self.make())
+        with pytest.raises(ValueError, match="must"):
+            evoformer_attention(**self.make(**change))
+
+    def test_a_bias_of_the_same_shape_that_repeats_itself_is_another(self, monkeypatch):
+        evoformer_attention(**self.make())
+        seen = []
+        monkeypatch.setattr(entry, "evoformer_attn", lambda q, k, v, mask, pair, *rest: seen.append(pair.shape) or q)
+        evoformer_attention(**self.make(pair_bias=zeros(1, 1, 4, 5, 7).expand(2, 1, 4, 5, 7)))
+        assert seen == [(1, 1, 4, 5, 7)]
+
+    def test_only_so_many_are_remembered(self, monkeypatch):
+        monkeypatch.setattr(entry, "_MAX_FORMS", 3)
+        for length in range(1, 9):
+            evoformer_attention(*(zeros(1, 1, length, 1, 8) for _ in "qkv"))
+            assert 1 <= len(entry._canonical) <= 3

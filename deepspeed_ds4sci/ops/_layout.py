@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which memory layouts the kernels read as they are, and the copies for all others.
+
+The kernels read 16 bytes at a time: rows of the last axis must be contiguous, start at multiples of 16 bytes and, as
+nobody knows what lies behind a tensor, hold whole 16 bytes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ALIGNMENT_BYTES = 16
+_MAX_STRIDE = 2**31 - 1  # from one position of a row to the next, elements; kernels keep it in 32 bits
+
+
+def is_readable(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the kernels can read a tensor that starts at a multiple of 16 bytes; strides in elements."""
+    if (stride[-1] != 1 and shape[-1] > 1) or shape[-1] * dtype.itemsize % _ALIGNMENT_BYTES != 0:
+        return False
+    return all(
+        n == 1 or s * dtype.itemsize % _ALIGNMENT_BYTES == 0 for n, s in zip(shape[:-1], stride[:-1], strict=True)
+    )
+
+
+def rows_are_readable(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """The same for q, k, v, o and do [B, N, L, H, D]."""
+    return stride[2] <= _MAX_STRIDE and is_readable(shape, stride, dtype)
+
+
+def addresses_are_aligned(*tensors: Tensor | None) -> bool:
+    """Whether each of `tensors` starts at a multiple of 16 bytes."""
+    bits = 0
+    for x in tensors:
+        if x is not None:
+            bits |= x.data_ptr()
+    return bits % _ALIGNMENT_BYTES == 0
+
+
+def readable_rows(x: Tensor) -> Tensor:
+    """x [B, N, L, H, D], or a contiguous copy of it whose head dim is padded with zeros to a multiple of 16 bytes."""
+    missing = -x.shape[-1] % (_ALIGNMENT_BYTES // x.element_size())
+    if missing:
+        return F.pad(x, (0, missing)).contiguous()
+    if rows_are_readable(x.shape, x.stride(), x.dtype) and addresses_are_aligned(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # also of a contiguous tensor that starts elsewhere
+
+
+def readable_pair_bias(pair_bias: Tensor | None) -> Tensor | None:
+    """pair_bias, or a copy whose rows start at multiples of 16 bytes and hold whole 16 bytes."""
+    if pair_bias is None:
+        return None
+    *leading, k_len = pair_bias.shape
+    if is_readable(pair_bias.shape, pair_bias.stride(), pair_bias.dtype) and addresses_are_aligned(pair_bias):
+        return pair_bias
+    # The padding is read, not used; zeros, so that no tool takes it for a mistake.
+    padding = -k_len % (_ALIGNMENT_BYTES // pair_bias.element_size())
+    copy = pair_bias.new_zeros(*leading, k_len + padding)[..., :k_len]
+    return copy.copy_(pair_bias)
+
+
+def narrow(x: Tensor | None, head_dim: int) -> Tensor | None:
+    """x without the padding of its head dim."""
+    return x if x is None or x.shape[-1] == head_dim else x[..., :head_dim].contiguous()

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python face of the compiled library, on one without kernels: which functions run, and what they are told."""
+
+import itertools
+import shutil
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepspeed_ds4sci.ops._extension import Extension
+from deepspeed_ds4sci.ops._params import layout_of, with_addresses
+from tests.helpers.inputs import make_inputs
+from tests.helpers.shapes import AttentionShape
+from tests.helpers.stub_library import Record, build
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the stub with")
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+    return Extension(build(tmp_path_factory.mktemp("stub")))
+
+
+def make_tensors(heads=2, q_len=16, k_len=24, head_dim=8):
+    q, k, v = (torch.randn(1, 3, n, heads, head_dim, dtype=torch.bfloat16) for n in (q_len, k_len, k_len))
+    return q, k, v, torch.randn(1, 3, 1, 1, k_len), torch.randn(1, 1, heads, q_len, k_len, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_each_path_runs_its_own_kernels(stub, path):
+    mine, other = Record(stub, path), Record(stub, "sm90" if path == "sm80" else "sm80")
+    (forwards, backwards), before = mine.calls, other.calls
+    inputs = make_tensors()
+    o, lse = stub.forward(*inputs, 0.5, path=path)
+    assert mine.calls == (forwards + 1, backwards)
+    assert mine.params.o == o.data_ptr()
+    stub.backward(o, *inputs, o, lse, 0.5, (False, False, False, False, True), path=path)
+    assert mine.calls == (forwards + 1, backwards + 1)
+    assert mine.params.dpair_splits == {"sm80": 1, "sm90": 2}[path]
+    assert other.calls == before
+
+
+def test_a_path_that_was_not_compiled_is_refused(tmp_path):
+    portable = Extension(build(tmp_path, with_sm90=False))
+    portable.forward(*make_tensors(), 0.5)
+    with pytest.raises(RuntimeError, match=r"stub.so was compiled without the sm90 kernels: .*sm90_fwd"):
+        portable.forward(*make_tensors(), 0.5, path="sm90")
+
+
+SHAPE = AttentionShape("small", 2, 3, 16, 24, 2, 8, "keys and head dim of whole 16 bytes")
+CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
+EVERY = (True, True, True, True, True)
+# Several times in another order: what is kept of one call must not reach another.
+VARIANTS = list(
+    itertools.product(
+        ("contiguous", "packed_qkv", "heads_first"),
+        ("none", "additive", "fp32", "bool", "shared", "expanded"),
+        ("none", "contiguous", "fp32", "shared_samples", "one_head"),
+    )
+)
+
+
+def make(layout, mask, pair, dtype=torch.bfloat16):
+    inputs = make_inputs(SHAPE, dtype, layout=layout, mask=mask, pair=pair)
+    return (*(None if x is None else x.detach() for x in inputs.tensors()), inputs.do)
+
+
+def address(x):
+    return None if x is None else x.data_ptr()
+
+
+def check_told(told, q, k, v, mask, pair, softmax_scale):
+    """The parameters are those of these very tensors."""
+    assert [told.q, told.k, told.v, told.mask_bias, told.pair_bias] == [address(x) for x in (q, k, v, mask, pair)]
+    for strides, x in ((told.q_stride, q), (told.k_stride, k), (told.v_stride, v)):
+        assert (strides.b, strides.n, strides.l, strides.h) == x.stride()[:4]
+    assert (told.batch, told.rows, told.q_len, told.heads, told.head_dim) == q.shape
+    assert (told.k_len, told.dtype) == (k.shape[2], CODES[q.dtype])
+    assert told.softmax_scale == softmax_scale
+    if mask is not None:
+        assert (told.mask_batch, told.mask_rows, told.mask_dtype) == (*mask.shape[:2], CODES[mask.dtype])
+        strides = (told.mask_stride_b, told.mask_stride_n, told.mask_stride_k)
+        assert strides == (mask.stride(0), mask.stride(1), mask.stride(4))
+    if pair is not None:
+        assert (told.pair_batch, told.pair_heads, told.pair_dtype) == (*pair.shape[0::2][:2], CODES[pair.dtype])
+        strides = (told.pair_stride_b, told.pair_stride_h, told.pair_stride_q)
+        assert strides == (pair.stride(0), pair.stride(2), pair.stride(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_library_is_told_of_the_tensors_of_each_call(stub, dtype):
+    record = Record(stub, "sm80")
+    for scale, variants in ((0.5, VARIANTS), (0.25, reversed(VARIANTS)), (0.5, VARIANTS[::7])):
+        for layout, mask_kind, pair_kind in variants:
+            *tensors, do = make(layout, mask_kind, pair_kind, dtype)
+            mask, pair = tensors[3:]
+            o, lse = stub.forward(*tensors, scale)
+            told = record.params
+            check_told(told, *tensors, scale)
+            assert (told.o, told.lse) == (o.data_ptr(), lse.data_ptr())
+            assert told.d_o is None and told.dq is None and told.dpair_bias is None
+            wanted = (True, True, True, mask is not None and mask.dtype != torch.bool, pair is not None)
+            dq, dk, dv, dmask, dpair = stub.backward(do, *tensors, o, lse, scale, wanted)
+            told = record.params
+            check_told(told, *tensors, scale)
+            assert (told.o, told.lse, told.d_o) == (o.data_ptr(), lse.data_ptr(), do.data_ptr())
+            assert (told.dq, told.dk, told.dv) == (dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
+            strides = told.d_o_stride
+            assert (strides.b, strides.n, strides.l, strides.h) == do.stride()[:4]
+            assert (told.dmask_bias is not None, told.dpair_bias is not None) == wanted[3:]
+            for gradient, x in zip((dq, dk, dv, dmask, dpair), tensors, strict=True):
+                assert gradient is None or (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
+                assert gradient is None or gradient.is_contiguous()
+
+
+def test_each_tensor_has_a_layout_of_its_own(stub):
+    layouts = ("contiguous", "packed_qkv", "heads_first")
+    of = {layout: make(layout, "none", "none") for layout in layouts}
+    for of_q, of_k, of_v, of_do in itertools.product(layouts, repeat=4):
+        tensors = (of[of_q][0], of[of_k][1], of[of_v][2], None, None)
+        o, lse = stub.forward(*tensors, 0.5)
+        check_told(Record(stub, "sm80").params, *tensors, 0.5)
+        stub.backward(of[of_do][5], *tensors, o, lse, 0.5, (True, True, True, False, False))
+        told = Record(stub, "sm80").params
+        check_told(told, *tensors, 0.5)
+        assert (told.d_o_stride.n, told.d_o_stride.l, told.d_o_stride.h) == of[of_do][5].stride()[1:4]
+
+
+def test_only_wanted_gradients_get_memory(stub):
+    *tensors, do = make("contiguous", "additive", "contiguous")
+    o, lse = stub.forward(*tensors, 0.5)
+    record = Record(stub, "sm80")
+    for wanted in itertools.product((False, True), repeat=5):
+        gradients = stub.backward(do, *tensors, o, lse, 0.5, wanted)
+        assert tuple(x is not None for x in gradients) == wanted
+        told = record.params
+        kv = wanted[1] or wanted[2]  # they come together
+        got = [x is not None for x in (told.dq, told.dk, told.dv, told.dmask_bias, told.dpair_bias)]
+        assert got == [wanted[0], kv, kv, *wanted[3:]]
+
+
+def late(x):
+    """x, contiguous, but one element behind an aligned address."""
+    memory = x.new_empty(x.numel() + 1)[1:]
+    return memory.view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "unaligned", "strided_last"])
+@pytest.mark.parametrize("starts_late", ["none", "q", "k", "v", "pair_bias", "do", "o"])
+def test_what_the_kernels_cannot_read_is_copied(stub, layout, starts_late):
+    *tensors, do = make(layout, "additive", "contiguous")
+    stub.forward(*make("contiguous", "additive", "contiguous")[:5], 0.5)  # known, and readable where it starts
+    names = ("q", "k", "v", "mask_bias", "pair_bias")
+    tensors = [late(x) if name == starts_late else x for name, x in zip(names, tensors, strict=True)]
+    o, lse = stub.forward(*tensors, 0.5)
+    o = late(o) if starts_late == "o" else o
+    do = late(do) if starts_late == "do" else do
+    record = Record(stub, "sm80")
+    addresses = [record.params.q, record.params.k, record.params.v, record.params.pair_bias]
+    stub.backward(do, *tensors, o, lse, 0.5, EVERY)
+    told = record.params
+    for at in (*addresses, told.q, told.k, told.v, told.pair_bias, told.d_o, told.o):
+        assert at % 16 == 0
+    for strides in (told.q_stride, told.k_stride, told.v_stride, told.d_o_stride):
+        assert all(stride % 8 == 0 for stride in (strides.b, strides.n, strides.l, strides.h))
+    if layout == "contiguous":  # nothing else is copied
+        by_name = {"q": told.q, "k": told.k, "v": told.v, "pair_bias": told.pair_bias, "do": told.d_o, "o": told.o}
+        given = dict(zip(names, tensors, strict=True), do=do, o=o)
+        assert {name for name in by_name if by_name[name] != address(given[name])} == {starts_late} - {"none"}
+
+
+def test_a_head_dim_of_no_whole_16_bytes_is_padded(stub):
+    inputs = make_tensors(head_dim=5)
+    o, lse = stub.forward(*inputs, 0.5)
+    assert o.shape == inputs[0].shape and o.is_contiguous()
+    assert Record(stub, "sm80").params.head_dim == 8
+    gradients = stub.backward(o, *inputs, o, lse, 0.5, EVERY)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
+
+
+def test_keys_of_no_whole_16_bytes_get_longer_rows_in_the_pair_bias(stub):
+    inputs = make_tensors(k_len=21)
+    o, lse = stub.forward(*inputs, 0.5)
+    told = Record(stub, "sm80").params
+    assert (told.pair_stride_q, told.k_len) == (24, 21) and told.pair_bias != address(inputs[4])
+    assert stub.backward(o, *inputs, o, lse, 0.5, EVERY)[4].shape == inputs[4].shape
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_cuda_call_goes_to_the_tensors_device_and_its_current_stream(stub, monkeypatch, current):
+    """What is left to do on a GPU, with torch's CUDA functions stood in for."""
+    tensors = make_tensors()
+    o, lse = stub.forward(*tensors, 0.5)
+    plan = stub._plan(layout_of(*tensors, 0.5), "sm80")
+    params = with_addresses(plan.params, *tensors, o, lse)
+    entered, empty = [], torch.empty
+
+    @contextmanager
+    def device(given):
+        entered.append(given)
+        yield
+
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
+    on_second_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), shape=(1,), dtype=torch.bfloat16)
+    stub._run(plan.functions.fwd, plan, params, on_second_gpu)
+    assert Record(stub, "sm80").params.stream == 1001
+    assert entered == ([] if current == 1 else [torch.device("cuda", 1)])
