@@ -30,7 +30,7 @@ Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_
     if (backward) {
         const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;
         p.query_aux = cursor.take<uint4>(vectors);
-        if (p.dk != nullptr || p.dmask_bias != nullptr) p.delta = cursor.take<float>(vectors);
+        p.delta = cursor.take<float>(vectors);
     } else {
         const int64_t items = static_cast<int64_t>(ceil_div(p.q_len, 2 * 64)) *
                               ceil_div(p.rows_per_group, sm90_rows_per_block(p.head_dim)) * p.heads * p.num_groups;

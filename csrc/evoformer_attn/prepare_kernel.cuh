@@ -160,18 +160,18 @@ struct RowStats {
     typename LseType<T>::type lse;  // natural log; +inf where P must be 0
     float delta;                    // 0 where there is no query
 
-    // Of one vector, which kLanesPerVector lanes share. `vector` counts [B, N, q_len_padded, H]: neighbouring lanes
-    // read neighbouring heads, which are neighbours in memory.
-    static DS4SCI_DEVICE RowStats of(const KernelParams& p, int64_t vector, int part) {
+    // Of one of the block's kVectorsPerBlock vectors, which kLanesPerVector lanes share. Vectors are counted over
+    // [B, N, q_len_padded, H]: neighbouring lanes read neighbouring heads, which are neighbours in memory. Lengths are
+    // padded to whole blocks, so a block has vectors of one row only, and 32 bits count them.
+    static DS4SCI_DEVICE RowStats of(const KernelParams& p, uint32_t block, int thread) {
         constexpr int kChunkElements = 16 / sizeof(T);
-        const int64_t position = vector / p.heads;
-        const int head = static_cast<int>(vector - position * p.heads);
-        const int row = static_cast<int>(position / p.q_len_padded);
-        const int q = static_cast<int>(position - static_cast<int64_t>(row) * p.q_len_padded);
-        const bool in_range = row < p.batch * p.rows;
-        RowStats stats{in_range && part == 0, (static_cast<int64_t>(row) * p.heads + head) * p.q_len_padded + q,
-                       INFINITY, 0.f};
-        if (in_range && q < p.q_len) {
+        static_assert(kLengthPadding % kVectorsPerBlock == 0, "whole blocks");
+        const uint32_t blocks_per_row = p.q_len_padded / kVectorsPerBlock * p.heads;
+        const int row = static_cast<int>(block / blocks_per_row), part = thread % kLanesPerVector;
+        const uint32_t vector = block % blocks_per_row * kVectorsPerBlock + thread / kLanesPerVector;
+        const int q = static_cast<int>(vector / p.heads), head = static_cast<int>(vector % p.heads);
+        RowStats stats{part == 0, (static_cast<int64_t>(row) * p.heads + head) * p.q_len_padded + q, INFINITY, 0.f};
+        if (q < p.q_len) {
             const T* o =
                 static_cast<const T*>(p.o) + ((static_cast<int64_t>(row) * p.q_len + q) * p.heads + head) * p.head_dim;
             const T* d_o = static_cast<const T*>(p.d_o) + row / p.rows * p.d_o_stride.b +
@@ -196,8 +196,8 @@ struct RowStats {
 };
 
 template <typename T>
-DS4SCI_DEVICE void prepare_row_stats(const KernelParams& p, int64_t vector, int part) {
-    const RowStats<T> stats = RowStats<T>::of(p, vector, part);
+DS4SCI_DEVICE void prepare_row_stats(const KernelParams& p, uint32_t block, int thread) {
+    const RowStats<T> stats = RowStats<T>::of(p, block, thread);
     if (!stats.owner) return;
     using Lse = typename LseType<T>::type;
     const Lse lse = stats.lse * static_cast<Lse>(1.4426950408889634074);
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
     block -= blocks.pair;
     if (block < blocks.mask) return prepare_mask_row<T>(p, block * kPrepareWarps + warp, lane);
     block -= blocks.mask;
-    prepare_row_stats<T>(p, block * kVectorsPerBlock + threadIdx.x / kLanesPerVector, threadIdx.x % kLanesPerVector);
+    prepare_row_stats<T>(p, static_cast<uint32_t>(block), threadIdx.x);
 }
 
 }  // namespace ds4sci

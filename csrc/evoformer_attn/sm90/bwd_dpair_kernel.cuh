@@ -67,91 +67,79 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
     } else {
         take_registers<Tile::kConsumerRegisters>();
         const int warpgroup = warp / 4, warp_row = warp % 4 * 16;
+        const int q_half = warpgroup % 2, key_half = warpgroup / 2;
         const int quad = lane >> 2, pair = lane & 3;
         const uint32_t bias_address =
             kept(Tile::kBiasOffset + warpgroup * kBiasTileBytes + bias_fragment(warp_row, lane));
         const float scale_log2 = p.softmax_scale * kLog2E;
-        const int q = warpgroup * kTileRows + warp_row + quad;  // within the block: this lane's first query, then + 8
+        const int q = q_half * kTileRows + warp_row + quad;  // within the block: this lane's first query, then + 8
         const float* refs = pair_row(p, p.pair_ref, {0, 0, head, group}) + q0 + q;
         const float ref[2] = {refs[0], refs[8]};
-        const MatrixOperand query_tiles =
-            Rows::over_dim(kSmemBase + Tile::kQueryOffset + warpgroup * Tile::kTileBytes);
-        const MatrixOperand key_tiles = Rows::over_dim(kSmemBase + Tile::kKeyOffset);
-        const MatrixOperand aux_tiles = aux_operand(kSmemBase + Tile::kKeyAuxOffset);
+        const MatrixOperand query_tiles = Rows::over_dim(kSmemBase + Tile::kQueryOffset + q_half * Tile::kTileBytes);
+        const MatrixOperand key_tiles = Rows::over_dim(kSmemBase + Tile::kKeyOffset + key_half * Tile::kTileBytes);
+        const MatrixOperand aux_tiles = aux_operand(kSmemBase + Tile::kKeyAuxOffset + key_half * kAuxTileBytes);
         const uint32_t query_aux = kept(kSmemBase + Tile::kQueryAuxOffset + q * 16 + pair * 4);
-        float sum[2][8][4], s[2][8][4], dp[2][8][4];
-        zero_bias(sum[0]);
-        zero_bias(sum[1]);
-        auto start = [&](int part, int stage) {
-            const uint32_t offset = stage * Tile::kStageBytes;
-            const uint32_t low = lds_u32(query_aux + offset), high = lds_u32(query_aux + offset + 128);
-            const MatrixOperand queries = query_tiles.plus(offset);
-            const MatrixOperand keys = key_tiles.plus(offset + part * Tile::kTileBytes);
-            const MatrixOperand key_aux = aux_tiles.plus(offset + part * kAuxTileBytes);
-            const AuxOperand s_aux = AuxOperand::of_s(low, high, pair), dp_aux = AuxOperand::of_dp(low, high, pair);
-            wgmma_fence();
-            Rows::template product_abt<T>(s[part], queries, keys);
-            wgmma_rs<bf16, false>(s[part], s_aux.words, key_aux);
-            Rows::template product_abt<T>(dp[part], queries.plus(Tile::kDOOffset - Tile::kQueryOffset),
-                                          keys.plus(Tile::kValueOffset - Tile::kKeyOffset));
-            wgmma_rs<bf16, false>(dp[part], dp_aux.words, key_aux);
-            wgmma_commit();
-        };
+        float sum[8][4];
+        zero_bias(sum);
         mbarrier_wait(bias_barrier, 0);
-        ring.wait_full();
-        start(0, ring.stage);
-        wgmma_wait<0>();
-        wgmma_complete(s[0]);
-        wgmma_complete(dp[0]);
         for (int n = first; n < last; ++n) {
-            auto next = ring;
-            next.advance();
-            const bool more = n + 1 < last;
-            // Two tiles of 64 keys. While one is summed up, the tensor cores compute the next.
+            const uint32_t offset = ring.stage * Tile::kStageBytes;
+            ring.wait_full();
+            const uint32_t low = lds_u32(query_aux + offset), high = lds_u32(query_aux + offset + 128);
+            const AuxOperand s_aux = AuxOperand::of_s(low, high, pair), dp_aux = AuxOperand::of_dp(low, high, pair);
+            // 32 keys at a time: S and dP of 64 would not fit beside the sums.
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
-                if (part == 1 && more) next.wait_full();
-                // The last step computes a tile again that nobody reads: a product under a condition would serialise
-                // all.
-                start(part ^ 1, part == 0 || !more ? ring.stage : next.stage);
+                const MatrixOperand queries = query_tiles.plus(offset);
+                const MatrixOperand keys = key_tiles.plus(offset + part * Tile::kTileBytes / 2);
+                const MatrixOperand key_aux = aux_tiles.plus(offset + part * kAuxTileBytes / 2);
+                float s[4][4], dp[4][4];
+                wgmma_fence();
+                Rows::template product_abt<T>(s, queries, keys);
+                wgmma_rs<bf16, false>(s, s_aux.words, key_aux);
+                wgmma_commit();
+                Rows::template product_abt<T>(dp, queries.plus(Tile::kDOOffset - Tile::kQueryOffset),
+                                              keys.plus(Tile::kValueOffset - Tile::kKeyOffset));
+                wgmma_rs<bf16, false>(dp, dp_aux.words, key_aux);
+                wgmma_commit();
+                wgmma_wait<1>();
+                wgmma_complete(s);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
+                for (int i = 0; i < 2; ++i) {
                     uint32_t bias[4];
-                    ldmatrix_x4(bias, (bias_address + part * 2 * kBiasTileBytes) ^ (i * 32));
+                    ldmatrix_x4(bias, bias_address ^ (part * 64 + i * 32));
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        const int tile = 2 * i + j;
-                        const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
-                        const float b[4] = {low.x, low.y, high.x, high.y};
+                        const float2 low_bias = unpack2<T>(bias[2 * j]), high_bias = unpack2<T>(bias[2 * j + 1]);
+                        const float b[4] = {low_bias.x, low_bias.y, high_bias.x, high_bias.y};
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const float probability =
-                                exp2_approx(fmaf(s[part][tile][e], scale_log2, fmaf(b[e], kLog2E, -ref[e / 2])));
-                            sum[part][tile][e] = fmaf(probability, dp[part][tile][e], sum[part][tile][e]);
-                        }
+                        for (int e = 0; e < 4; ++e)
+                            s[2 * i + j][e] =
+                                exp2_approx(fmaf(s[2 * i + j][e], scale_log2, fmaf(b[e], kLog2E, -ref[e / 2])));
                     }
                 }
                 wgmma_wait<0>();
-                wgmma_complete(s[part ^ 1]);
-                wgmma_complete(dp[part ^ 1]);
-                if (part == 0) mbarrier_arrive_if(ring.empty(), more && lane == 0);
+                wgmma_complete(dp);
+                if (part == 1) mbarrier_arrive_if(ring.empty(), lane == 0);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sum[part * 4 + j][e] = fmaf(s[j][e], dp[j][e], sum[part * 4 + j][e]);
+                }
             }
-            ring = next;
+            ring.advance();
         }
         const int64_t first_row =
             ((static_cast<int64_t>(split) * p.num_groups + group) * p.heads + head) * p.q_len + q0 + q;
-        float* out = p.dpair_bias + first_row * p.k_len + key0 + pair * 2;
-        const int valid_rows = p.q_len - q0 - q, valid_keys = p.k_len - key0 - pair * 2;
+        const int key = key0 + key_half * kTileRows + pair * 2;
+        float* out = p.dpair_bias + first_row * p.k_len + key;
+        const int valid_rows = p.q_len - q0 - q, valid_keys = p.k_len - key;
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
+        for (int j = 0; j < 8; ++j) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                const int key = part * kTileRows + j * 8;
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if (e / 2 * 8 < valid_rows && key + e % 2 < valid_keys)
-                        out[static_cast<int64_t>(e / 2 * 8) * p.k_len + key + e % 2] = sum[part][j][e];
-                }
+            for (int e = 0; e < 4; ++e) {
+                if (e / 2 * 8 < valid_rows && j * 8 + e % 2 < valid_keys)
+                    out[static_cast<int64_t>(e / 2 * 8) * p.k_len + j * 8 + e % 2] = sum[j][e];
             }
         }
     }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward on Hopper: o = softmax(scale q k^T + mask_bias + pair_bias) v for 128 queries of a few rows.
 //
-// bf16 takes no running maximum: P = exp2(s - c) with c the row maximum of the pair bias is exact softmax as long as
-// the row sums stay in range, since P has fp32's range of exponents. A row out of range marks its work item, and the
-// same kernel with the online softmax, launched next, computes marked items again; it returns at once if there are
-// none. fp16 cannot hold such P and always runs online.
+// No running maximum: P = exp2(s - c) with c the row maximum of the pair bias is exact softmax as long as P and its
+// row sums stay in range. bf16 has fp32's range of exponents; fp16 has room for most rows. A row out of range marks
+// its work item, and the same kernel with the online softmax, launched next, computes marked items again; it returns
+// at once if there are none.
 #pragma once
 #include "bias.h"
 #include "sm90/key_stage.cuh"
@@ -29,8 +29,11 @@ struct StaticSoftmax {
     DS4SCI_DEVICE Lse lse(int i) const {
         return sum[i] == 0.f ? -INFINITY : log2f(sum[i]) * kLn2;
     }
-    // Far from where a term or the sum leaves fp32's range; false for NaN.
-    DS4SCI_DEVICE bool in_range(int i) const { return sum[i] > 0x1p-80f && sum[i] < 0x1p100f; }
+    // Whether neither the sum nor a term, rounded to T, has left T's range or lost digits there; false for NaN.
+    template <typename T>
+    DS4SCI_DEVICE bool in_range(int i) const {
+        return kIsBf16<T> ? sum[i] > 0x1p-80f && sum[i] < 0x1p100f : sum[i] > 0.5f && sum[i] < 0x1p15f;
+    }
 };
 
 // Whether the mask keeps any key of a warpgroup's row. A row without keys is 0, as it should be.
@@ -246,8 +249,8 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                     if (quad + 8 < valid) lse[quad + 8] = softmax[half].template lse<float>(1);
                 }
                 if constexpr (!kOnline) {
-                    const bool out_of_range = (quad < valid && !softmax[half].in_range(0)) ||
-                                              (quad + 8 < valid && !softmax[half].in_range(1));
+                    const bool out_of_range = (quad < valid && !softmax[half].template in_range<T>(0)) ||
+                                              (quad + 8 < valid && !softmax[half].template in_range<T>(1));
                     if (out_of_range && keeps_a_key<Tile>(p, record.index, warpgroup))
                         p.redo[0] = p.redo[1 + record.index] = 1;
                 }

@@ -40,11 +40,10 @@ template <typename T, int kHeadDim, bool kPair>
 cudaError_t launch_sm90_fwd(const Sm90Params& p) {
     using Tile = Sm90FwdTile<kHeadDim, kPair>;
     static_assert(Tile::kRows == sm90_rows_per_block(kHeadDim), "work items are counted before they are run");
-    cudaError_t status = cudaSuccess;
-    if constexpr (kIsBf16<T>)
-        status = launch_persistent<Tile>(&evoformer_sm90_fwd_kernel<T, kHeadDim, kPair, false>, p.num_items, p, false);
+    const cudaError_t status =
+        launch_persistent<Tile>(&evoformer_sm90_fwd_kernel<T, kHeadDim, kPair, false>, p.num_items, p, false);
     if (status != cudaSuccess) return status;
-    return launch_persistent<Tile>(&evoformer_sm90_fwd_kernel<T, kHeadDim, kPair, true>, p.num_items, p, kIsBf16<T>);
+    return launch_persistent<Tile>(&evoformer_sm90_fwd_kernel<T, kHeadDim, kPair, true>, p.num_items, p, true);
 }
 template <typename T, int kHeadDim>
 cudaError_t run_sm90_fwd(const Sm90Params& p) {

@@ -24,7 +24,7 @@ struct Sm90Params : KernelParams {
     float* pair_ref;     // pair_max * log2(e), which the exponentials subtract; same layout
     uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]
-    float* delta;        // backward, with dK: [B, N, H, q_len_padded], 0 from q_len on
+    float* delta;        // backward: [B, N, H, q_len_padded], 0 from q_len on
     uint32_t* row_kept;  // forward: [mask_batch, mask_rows], whether the mask keeps any key
     uint32_t* redo;      // forward: [1 + items]: how the static softmax tells the online one what it could not hold
     int32_t num_items;   // work items of the forward kernel

@@ -74,15 +74,15 @@ DS4SCI_DEVICE void prepare_key_row(const Sm90Params& p, int64_t row, int lane) {
 }
 
 template <typename T>
-DS4SCI_DEVICE void prepare_query_aux(const Sm90Params& p, int64_t vector, int part) {
-    const RowStats<T> stats = RowStats<T>::of(p, vector, part);
+DS4SCI_DEVICE void prepare_query_aux(const Sm90Params& p, uint32_t block, int thread) {
+    const RowStats<T> stats = RowStats<T>::of(p, block, thread);
     if (!stats.owner) return;
     const float scaled = stats.lse / p.softmax_scale;
     const Bf16Parts lse = Bf16Parts::of(scaled > -kDropped ? kDropped : -scaled);
     const Bf16Parts delta = Bf16Parts::of(-stats.delta);
     p.query_aux[stats.index] = make_uint4(pack2<bf16>(1.f, 1.f), pack2<bf16>(1.f, lse.high),
                                           pack2<bf16>(lse.mid, lse.low), pack2<bf16>(delta.high, delta.mid));
-    if (p.delta != nullptr) p.delta[stats.index] = stats.delta;
+    p.delta[stats.index] = stats.delta;
 }
 
 template <typename T>
@@ -94,9 +94,7 @@ __global__ void __launch_bounds__(kPrepareThreads) sm90_prepare_kernel(const __g
     block -= blocks.pair;
     if (block < blocks.key) return prepare_key_row<T>(p, block * kPrepareWarps + warp, lane);
     block -= blocks.key;
-    if (block < blocks.vectors)
-        return prepare_query_aux<T>(p, block * kVectorsPerBlock + threadIdx.x / kLanesPerVector,
-                                    threadIdx.x % kLanesPerVector);
+    if (block < blocks.vectors) return prepare_query_aux<T>(p, static_cast<uint32_t>(block), threadIdx.x);
     block -= blocks.vectors;
     const int64_t mark = block * kPrepareThreads + threadIdx.x;
     if (mark <= p.num_items) p.redo[mark] = 0;

@@ -48,7 +48,8 @@ struct RowTile {
     }
 };
 
-// 64 x 8 auxiliary values without swizzle. Depth 16 reads the 8 twice, which a zero second half of A makes harmless.
+// 64 x 8 auxiliary values without swizzle. A product of depth 16 reads the 8 twice; where the first operand comes from
+// registers, its second half is zero.
 DS4SCI_DEVICE MatrixOperand aux_operand(uint32_t tile) { return MatrixOperand::of(tile, 0, 128, 0); }
 
 // First operand of the auxiliary product from this lane's word of each of its two rows: the part that S takes, and the

@@ -17,18 +17,18 @@ constexpr int kSm90MaxSmemBytes = 227 * 1024;
 // of a block's threads start with the same number.
 template <int kConsumers>
 struct BlockShape {
-    static_assert(kConsumers == 2 || kConsumers == 3, "two or three warpgroups compute");
+    static_assert(kConsumers >= 2 && kConsumers <= 4, "two to four warpgroups compute");
     static constexpr int kWarpgroups = kConsumers;
     static constexpr int kConsumerWarps = kConsumers * 4;
     static constexpr int kThreads = kConsumers * 128 + 128;
-    static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-    static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+    static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+    static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
 };
 
-// Forward and dQ: warpgroup w owns 128 queries of row w, as two tiles in turn, and runs over keys.
-template <int kHeadDim, bool kPair>
-struct QueryBlock : BlockShape<kHeadDim <= 32 ? 3 : 2> {
-    static constexpr int kRows = QueryBlock::kWarpgroups;
+// Forward and dQ: a block owns 128 queries, two tiles, of kBlockRows rows and runs over keys.
+template <typename Shape, int kHeadDim, bool kPair, int kBlockRows>
+struct QueryBlock : Shape {
+    static constexpr int kRows = kBlockRows;
     static constexpr int kPositions = 2 * kTileRows;
     static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
 
@@ -36,7 +36,6 @@ struct QueryBlock : BlockShape<kHeadDim <= 32 ? 3 : 2> {
     static constexpr int kBiasBytes = kPair ? 2 * kBiasTileBytes : 0;
     static constexpr int kRowBytes = 2 * kTileBytes + kAuxTileBytes;
     static constexpr int kStageBytes = kBiasBytes + kRows * kRowBytes;
-    static constexpr int kStages = kStageBytes <= 44 * 1024 && kHeadDim < 64 ? 4 : 3;
 
     static DS4SCI_DEVICE uint32_t key_tile(uint32_t stage, int row) { return stage + kBiasBytes + row * kRowBytes; }
     static DS4SCI_DEVICE uint32_t value_tile(uint32_t stage, int row) { return key_tile(stage, row) + kTileBytes; }
@@ -50,7 +49,7 @@ struct alignas(16) ItemRecord {
     int64_t stats;      // dQ: index of its first query in [B, N, H, q_len_padded]; dK, dV: of its first key in key_aux
     const float* refs;  // dQ: pair_ref of its first query
     int32_t valid;      // positions from the first one on; at most 0 for a row that does not exist
-    int32_t index;
+    int32_t index;      // of the work item
 };
 
 // Shared memory of a block that runs through kRingStages stages and holds kBuffers sets of operands of its own
@@ -62,8 +61,9 @@ struct SmemLayout {
     static constexpr int kRecordOffset = kOwnOffset + kBuffers * kBufferBytes;
     static constexpr int kRecordBytes = sizeof(ItemRecord);
     static constexpr int kBarrierOffset = kRecordOffset + kBuffers * Shape::kWarpgroups * kRecordBytes;
-    static constexpr int kSmemBytes =
-        kBarrierOffset + Ring<kRingStages>::kBytes + Shape::kWarpgroups * Ring<kBuffers>::kBytes - kSmemBase;
+    static constexpr int kEnd =
+        kBarrierOffset + Ring<kRingStages>::kBytes + Shape::kWarpgroups * Ring<kBuffers>::kBytes;
+    static constexpr int kSmemBytes = kEnd - kSmemBase;
     static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
 
     using OwnRing = Ring<kBuffers>;
@@ -90,28 +90,33 @@ struct SmemLayout {
     }
 };
 
+// In both, warpgroup w owns the two query tiles of row w in turn.
+template <int kHeadDim, bool kPair>
+using RowBlock = QueryBlock<BlockShape<kHeadDim <= 32 ? 3 : 2>, kHeadDim, kPair, kHeadDim <= 32 ? 3 : 2>;
+
+template <int kHeadDim, bool kPair>
+constexpr int kFwdStages = kHeadDim <= 32 ? 4 : 3;
 // Q, both tiles, and pair_ref.
 template <int kHeadDim, bool kPair>
 constexpr int kFwdOwnBytes = 2 * RowTile<kHeadDim>::kBytes + (kPair ? kSmemAlignment : 0);
 
 template <int kHeadDim, bool kPair>
 struct Sm90FwdTile
-    : QueryBlock<kHeadDim, kPair>,
-      SmemLayout<QueryBlock<kHeadDim, kPair>, QueryBlock<kHeadDim, kPair>::kStages,
-                 QueryBlock<kHeadDim, kPair>::kStageBytes, kHeadDim <= 32 ? 2 : 1, kFwdOwnBytes<kHeadDim, kPair>> {
+    : RowBlock<kHeadDim, kPair>,
+      SmemLayout<RowBlock<kHeadDim, kPair>, kFwdStages<kHeadDim, kPair>, RowBlock<kHeadDim, kPair>::kStageBytes,
+                 kHeadDim <= 32 ? 2 : 1, kFwdOwnBytes<kHeadDim, kPair>> {
     static constexpr int kRefsOffset = 2 * RowTile<kHeadDim>::kBytes;
     static constexpr int kRefsBytes = kPair ? 2 * kTileRows * 4 : 0;
 };
 
 template <int kHeadDim, bool kPair>
-constexpr int kDqStages = kHeadDim == 32 && kPair ? 3 : QueryBlock<kHeadDim, kPair>::kStages;
+constexpr int kDqStages = kHeadDim == 16 || (kHeadDim == 32 && !kPair) ? 4 : 3;
 
 template <int kHeadDim, bool kPair>
 struct Sm90BwdDqTile
-    : QueryBlock<kHeadDim, kPair>,
-      SmemLayout<QueryBlock<kHeadDim, kPair>, kDqStages<kHeadDim, kPair>, QueryBlock<kHeadDim, kPair>::kStageBytes,
+    : RowBlock<kHeadDim, kPair>,
+      SmemLayout<RowBlock<kHeadDim, kPair>, kDqStages<kHeadDim, kPair>, RowBlock<kHeadDim, kPair>::kStageBytes,
                  kHeadDim <= 32 ? 2 : 1, 4 * RowTile<kHeadDim>::kBytes> {
-    static constexpr int kStages = kDqStages<kHeadDim, kPair>;
     static constexpr int kBuffers = kHeadDim <= 32 ? 2 : 1;
     static constexpr int kOwnBytes = 4 * RowTile<kHeadDim>::kBytes;  // Q, both tiles, then dO
 };
@@ -158,10 +163,10 @@ struct Sm90BwdDkvTile : KeyStage<kHeadDim, kPair>,
     static constexpr int kOwnBytes = 2 * RowTile<kHeadDim>::kBytes;  // K, V
 };
 
-// d(pair_bias): a block owns 128 queries x 128 keys of one head and runs over rows n. Two warpgroups, 64 queries each:
-// the sums fill the registers of four, which could not overlap the products of one step with the sums of another.
+// d(pair_bias): a block owns 128 queries x 128 keys of one head, warpgroup w a quarter of them, and runs over rows n.
+// Four warpgroups in turn beat two that overlap the products of one step with the sums of another.
 template <int kHeadDim>
-struct Sm90BwdDpairTile : BlockShape<2> {
+struct Sm90BwdDpairTile : BlockShape<4> {
     static constexpr int kPositions = 2 * kTileRows;
     static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
     // A stage: Q, dO, K, V, the query and the key side of the auxiliary product; 128 positions each.
