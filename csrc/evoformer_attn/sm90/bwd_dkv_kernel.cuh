@@ -154,9 +154,6 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                 wgmma_complete(dp);
                 wgmma_complete(dk);
                 wgmma_complete(dv);
-                wgmma_fence();
-                Rows::template product_pb<T>(dv, packed, summed_d_o_tiles.plus(offset));
-                wgmma_commit();
                 uint32_t packed_ds[4][4];
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
@@ -168,6 +165,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) pack_operand<T>(packed_ds[i], s[2 * i], s[2 * i + 1]);
                 wgmma_fence();
+                Rows::template product_pb<T>(dv, packed, summed_d_o_tiles.plus(offset));
                 Rows::template product_pb<T>(dk, packed_ds, summed_query_tiles.plus(offset));
                 wgmma_commit();
                 // A condition before the product would serialise it.
