@@ -121,8 +121,15 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
         return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
             cudaError_t status = encode_maps(p, kHeadDim);
             if (status == cudaSuccess) status = run_sm90_prepare<T>(p);
-            if (status == cudaSuccess && p.dpair_bias != nullptr) status = run_sm90_bwd_dpair<T, kHeadDim>(p);
-            if (status == cudaSuccess && p.dq != nullptr) status = run_sm90_bwd_dq<T, kHeadDim>(p);
+            p.follows_prepare = true;
+            if (status == cudaSuccess && p.dpair_bias != nullptr) {
+                status = run_sm90_bwd_dpair<T, kHeadDim>(p);
+                p.follows_prepare = false;
+            }
+            if (status == cudaSuccess && p.dq != nullptr) {
+                status = run_sm90_bwd_dq<T, kHeadDim>(p);
+                p.follows_prepare = false;
+            }
             if (status == cudaSuccess && (p.dk != nullptr || p.dmask_bias != nullptr))
                 status = run_sm90_bwd_dkv<T, kHeadDim>(p);
             return static_cast<int32_t>(status);

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
     using Tile = Sm90BwdDkvTile<kHeadDim, kPair>;
     using Rows = RowTile<kHeadDim>;
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
-    Tile::init(smem_base);
+    Tile::init(smem_base, p.follows_prepare);
     auto ring = Tile::ring();
 
     const int num_k_blocks = ceil_div(p.k_len, Tile::kPositions), num_q_tiles = ceil_div(p.q_len, kTileRows);
@@ -85,6 +85,8 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                 ring.advance();
             }
         }
+        // So that this kernel's end is the end of those before it, too.
+        wait_for_previous_kernels();
     } else {
         take_registers<Tile::kConsumerRegisters>();
         const int warpgroup = warp / 4, warp_row = warp % 4 * 16;

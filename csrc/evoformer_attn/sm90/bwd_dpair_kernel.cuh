@@ -22,6 +22,8 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
         mbarrier_init(bias_barrier, 1);
         mbarrier_init_fence();
     }
+    wait_for_previous_kernels();
+    let_next_kernel_start();
     block_sync();
 
     // Key blocks run fastest, so that blocks that run together share Q and dO in L2.

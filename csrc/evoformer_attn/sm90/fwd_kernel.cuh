@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
     DS4SCI_DYNAMIC_SMEM(smem_base);
     using Tile = Sm90FwdTile<kHeadDim, kPair>;
     using Rows = RowTile<kHeadDim>;
-    if (marked_items_only && p.redo[0] == 0) return;
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
-    Tile::init(smem_base);
+    Tile::init(smem_base, true);
+    if (marked_items_only && p.redo[0] == 0) return;
     auto ring = Tile::ring();
 
     const int num_k_tiles = ceil_div(p.k_len, kTileRows);

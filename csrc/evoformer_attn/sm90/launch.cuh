@@ -19,8 +19,8 @@ cudaError_t launch_persistent(void (*kernel)(Sm90Params, Arguments...), int64_t 
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
     if (status != cudaSuccess) return status;
-    return launch_kernel(kernel, num_items < num_sms ? num_items : num_sms, Tile::kThreads, Tile::kSmemBytes, p.stream,
-                         p, arguments...);
+    return launch_overlapping(kernel, num_items < num_sms ? num_items : num_sms, Tile::kThreads, Tile::kSmemBytes,
+                              p.stream, p, arguments...);
 }
 
 template <typename Tile>
@@ -32,8 +32,8 @@ int64_t num_position_items(const KernelParams& p, int length) {
 template <typename T>
 cudaError_t run_sm90_prepare(const Sm90Params& p) {
     const Sm90PrepareBlocks blocks = Sm90PrepareBlocks::of(p);
-    return launch_kernel(&sm90_prepare_kernel<T>, blocks.pair + blocks.key + blocks.vectors + blocks.marks,
-                         kPrepareThreads, 0, p.stream, p);
+    return launch_overlapping(&sm90_prepare_kernel<T>, blocks.pair + blocks.key + blocks.vectors + blocks.marks,
+                              kPrepareThreads, 0, p.stream, p);
 }
 
 template <typename T, int kHeadDim, bool kPair>
@@ -80,9 +80,9 @@ cudaError_t run_sm90_bwd_dpair(const Sm90Params& p) {
     using Tile = Sm90BwdDpairTile<kHeadDim>;
     const int64_t tiles =
         static_cast<int64_t>(ceil_div(p.q_len, Tile::kPositions)) * ceil_div(p.k_len, Tile::kPositions);
-    return launch_kernel(&evoformer_sm90_bwd_dpair_kernel<T, kHeadDim>,
-                         tiles * p.heads * p.num_groups * p.dpair_splits, Tile::kThreads, Tile::kSmemBytes, p.stream,
-                         p);
+    return launch_overlapping(&evoformer_sm90_bwd_dpair_kernel<T, kHeadDim>,
+                              tiles * p.heads * p.num_groups * p.dpair_splits, Tile::kThreads, Tile::kSmemBytes,
+                              p.stream, p);
 }
 
 }  // namespace ds4sci

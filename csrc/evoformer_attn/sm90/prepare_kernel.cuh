@@ -8,6 +8,7 @@
 #pragma once
 #include "../prepare_kernel.cuh"
 #include "sm90/params.h"
+#include "sm90/ptx.h"
 
 namespace ds4sci {
 
@@ -87,6 +88,8 @@ DS4SCI_DEVICE void prepare_query_aux(const Sm90Params& p, uint32_t block, int th
 
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads) sm90_prepare_kernel(const __grid_constant__ Sm90Params p) {
+    wait_for_previous_kernels();
+    let_next_kernel_start();
     const Sm90PrepareBlocks blocks = Sm90PrepareBlocks::of(p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int64_t block = blockIdx.x;

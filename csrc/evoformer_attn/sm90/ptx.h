@@ -125,6 +125,12 @@ DS4SCI_DEVICE uint32_t lds_u32(uint32_t address) {
     return x;
 }
 
+// ---- kernels that overlap ----
+// Until every kernel launched before in the stream is complete and its results are visible.
+DS4SCI_DEVICE void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel may start where this one leaves multiprocessors free.
+DS4SCI_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // Hand registers from warpgroups that copy to warpgroups that compute.
 template <int kRegisters>
 DS4SCI_DEVICE void release_registers() {
@@ -218,6 +224,28 @@ DS4SCI_DEVICE void wgmma_rs(float (&d)[kTiles][4], const uint32_t (&a)[4], Matri
     } else {
         DS4SCI_WGMMA_RS(64, "f16.f16", 32, 33, 34, 35, 36, 37);
     }
+}
+
+// ---- launch ----
+// Into the stream, to start before the kernels ahead of it are complete: it waits for them itself.
+template <typename Params, typename... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Params, Arguments...), int64_t num_blocks, int num_threads,
+                               int smem_bytes, void* stream, const Params& params, Arguments... arguments) {
+    if (num_blocks > 2147483647) return cudaErrorInvalidConfiguration;
+    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+    if (status != cudaSuccess) return status;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(num_blocks));
+    config.blockDim = dim3(num_threads);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, params, arguments...);
 }
 
 }  // namespace ds4sci

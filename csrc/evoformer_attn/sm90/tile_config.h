@@ -79,13 +79,15 @@ struct SmemLayout {
     static DS4SCI_DEVICE uint32_t stage(int index) { return kSmemBase + index * kStageBytes; }
     static DS4SCI_DEVICE Ring<kRingStages> ring() { return {static_cast<uint32_t>(kBarrierOffset)}; }
     // By all threads, before anything else.
-    static DS4SCI_DEVICE void init(const void* smem) {
+    static DS4SCI_DEVICE void init(const void* smem, bool follows_prepare) {
         check_smem_base(smem);
         if (threadIdx.x == 0) {
             Ring<kRingStages>::init(ring().barriers, Shape::kConsumerWarps);
             for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, 4);
             mbarrier_init_fence();
         }
+        if (follows_prepare) wait_for_previous_kernels();
+        let_next_kernel_start();
         block_sync();
     }
 };
