@@ -125,6 +125,24 @@ def test_a_named_implementation_is_used(monkeypatch):
     assert used == ["tiled", "reference", None]
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_forward_and_backward_choose_for_the_same_problem(monkeypatch, direct):
+    """lse is read by nobody but the implementation that wrote it."""
+    problems = []
+    monkeypatch.setattr(
+        _custom_op, "choose", lambda problem, name: problems.append(problem) or _dispatch.choose(problem, name)
+    )
+    monkeypatch.setattr(entry, "is_unobserved", lambda *tensors: direct)
+    inputs = make_inputs(SHAPE, torch.bfloat16, pair="fp32")
+    o = evoformer_attention(
+        inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=inputs.pair_bias, softmax_scale=0.25
+    )
+    torch.autograd.grad(o, list(inputs.differentiable().values()), inputs.do)
+    sizes = (SHAPE.batch, SHAPE.rows, SHAPE.q_len, SHAPE.k_len, SHAPE.heads, SHAPE.head_dim)
+    problem = _dispatch.Problem("cpu", None, torch.bfloat16, *sizes, torch.float32, SHAPE.batch, 0.25)
+    assert problems == [problem, problem]
+
+
 def test_the_automatic_choice_is_logged_once(caplog):
     _dispatch.forget_choices()
     with caplog.at_level(logging.INFO, logger="deepspeed_ds4sci"):
