@@ -17,7 +17,7 @@ from deepspeed_ds4sci._version import __version__
 
 _LABEL_WIDTH = 22
 # A shape of the Evoformer's triangle attention; the choice hardly depends on it.
-_SHAPE = {"batch": 1, "rows": 256, "q_len": 256, "k_len": 256, "heads": 4, "head_dim": 32}
+_SHAPE = {"batch": 1, "rows": 256, "q_len": 256, "k_len": 256, "heads": 4, "head_dim": 32, "softmax_scale": 32**-0.5}
 _DTYPES = {
     "cuda": (torch.bfloat16, torch.float16, torch.float32),
     "cpu": (torch.bfloat16, torch.float32, torch.float64),
@@ -100,7 +100,7 @@ def problems_here(gpus):
     for kind, capability in devices:
         device = kind if capability is None else "{} {}.{}".format(kind, *capability)
         for dtype in _DTYPES[kind]:
-            problem = Problem(device_type=kind, capability=capability, dtype=dtype, **_SHAPE)
+            problem = Problem(device_type=kind, capability=capability, dtype=dtype, pair_dtype=dtype, **_SHAPE)
             problems.append((f"{device} {str(dtype).removeprefix('torch.')}", problem))
     return problems
 

@@ -25,9 +25,7 @@ def instantiations() -> dict[str, str]:
     for name, element in SM90_DTYPES.items():
         for kernel in KERNELS:
             arguments = [f"{element}, {head_dim}" for head_dim in SM90_HEAD_DIMS]
-            files[f"{kernel}_{name}_sm90.cu"] = _file(
-                "sm90/launch.cuh", f"run_sm90_{kernel}", arguments, "Sm90Params"
-            )
+            files[f"{kernel}_{name}_sm90.cu"] = _file("sm90/launch.cuh", f"run_sm90_{kernel}", arguments, "Sm90Params")
     return files
 
 

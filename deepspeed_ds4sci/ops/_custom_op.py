@@ -46,7 +46,7 @@ def _forward(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
     if q.numel() == 0 or k.numel() == 0:
         o_shape, lse_shape = _output_shapes(q)
         return q.new_zeros(o_shape), q.new_full(lse_shape, math.inf, dtype=lse_dtype(q))
-    chosen = choose(problem_of(q, k), implementation or None)
+    chosen = choose(problem_of(q, k, pair_bias, softmax_scale), implementation or None)
     q, k, v = _unit_last_stride(q, k, v)
     return chosen.forward(q, k, v, mask_bias, pair_bias, softmax_scale)
 
@@ -72,7 +72,7 @@ def _gradients(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, impleme
             torch.zeros_like(x, memory_format=torch.contiguous_format) if w else None
             for x, w in zip((q, k, v, mask_bias, pair_bias), wanted, strict=True)
         )
-    chosen = choose(problem_of(q, k), implementation or None)
+    chosen = choose(problem_of(q, k, pair_bias, softmax_scale), implementation or None)
     do, q, k, v = _unit_last_stride(do, q, k, v)
     return chosen.backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted)
 

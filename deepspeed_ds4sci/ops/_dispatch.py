@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation runs: one table, fastest first, decided from sizes alone and so testable without a GPU."""
 
+import importlib
 import logging
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -25,6 +26,14 @@ class Problem(NamedTuple):
     k_len: int
     heads: int
     head_dim: int
+    pair_dtype: torch.dtype | None = None  # None: no pair bias
+    pair_batch: int = 1  # of the pair bias: B, or 1 where all samples share it; 1 without
+    softmax_scale: float = 1.0
+
+    @property
+    def rows_sharing_bias(self) -> int:
+        """How many rows have the same pair bias: N, or B * N where all samples share it or there is none."""
+        return self.batch * self.rows if self.pair_batch == 1 else self.rows
 
 
 class Implementation(Protocol):
@@ -77,12 +86,12 @@ class Unavailable:
     backward = forward
 
 
-def _portable_cuda() -> Implementation:
+def _of_module(name: str) -> Implementation:
     try:
-        from .sm80 import SM80
+        module = importlib.import_module(f".{name}", __package__)
     except ImportError as error:
-        return Unavailable("sm80", f"its Python module does not import: {error}")
-    return SM80
+        return Unavailable(name, f"its Python module does not import: {error}")
+    return getattr(module, name.upper())
 
 
 @lru_cache(maxsize=1)
@@ -90,12 +99,37 @@ def implementations() -> tuple[Implementation, ...]:
     """The table, fastest first. The last row is never chosen unless named."""
     from .tiled import TILED
 
-    return (Unavailable("sm90", "the Hopper path is not part of this version"), _portable_cuda(), TILED, REFERENCE)
+    return (_of_module("sm90"), _of_module("sm80"), TILED, REFERENCE)
+
+
+# Where the portable kernels are faster than the Hopper ones, whose blocks are made for two or three rows with the same
+# pair bias and 128 queries: missing rows and queries cost as much as present ones.
+SM90_MIN_ROWS = 3
+SM90_MIN_QUERIES = 32
+
+
+def slower_reason(name: str, problem: Problem) -> str | None:
+    """Why `name` is not picked by itself for a problem that it can run: the part of the choice that was measured.
+
+    None: nothing below it in the table is faster. A reason has no numbers of the problem in it, so that it is logged
+    once and not for every size.
+    """
+    if name != "sm90":
+        return None
+    if problem.rows_sharing_bias < SM90_MIN_ROWS:
+        return f"slower than sm80 below {SM90_MIN_ROWS} rows with the same pair bias"
+    if problem.q_len < SM90_MIN_QUERIES:
+        return f"slower than sm80 below {SM90_MIN_QUERIES} queries"
+    return None
+
+
+def _passed_over(entry: Implementation, problem: Problem) -> str | None:
+    return entry.unsupported_reason(problem) or slower_reason(entry.name, problem)
 
 
 def explain(problem: Problem) -> list[tuple[str, str | None]]:
-    """(name, None or why it cannot run `problem`) for every row of the table."""
-    return [(entry.name, entry.unsupported_reason(problem)) for entry in implementations()]
+    """(name, None or why it is passed over for `problem`) for every row of the table."""
+    return [(entry.name, _passed_over(entry, problem)) for entry in implementations()]
 
 
 _announced: set[tuple] = set()
@@ -130,7 +164,8 @@ def choose(problem: Problem, requested: str | None = None) -> Implementation:
 
     Args:
         problem: sizes, dtype and device.
-        requested: a name, honoured or refused; None for the fastest that can run, never "reference".
+        requested: a name, honoured or refused; None for the fastest that can run, never "reference". A name runs
+            also where another is faster.
 
     Raises:
         ValueError: `requested` is not a name in the table.
@@ -142,7 +177,7 @@ def choose(problem: Problem, requested: str | None = None) -> Implementation:
         return _named(problem, requested)
     refused = []
     for entry in implementations()[:-1]:
-        reason = entry.unsupported_reason(problem)
+        reason = _passed_over(entry, problem)
         if reason is None:
             _announce(problem, entry.name, tuple(refused))
             return entry
@@ -165,11 +200,22 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 @lru_cache(maxsize=4096)
-def _problem(q_shape: tuple[int, ...], k_len: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def _problem(
+    q_shape: tuple[int, ...],
+    k_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pair_dtype: torch.dtype | None,
+    pair_batch: int,
+    softmax_scale: float,
+) -> Problem:
     batch, rows, q_len, heads, head_dim = q_shape
-    return Problem(device.type, _capability(device), dtype, batch, rows, q_len, k_len, heads, head_dim)
+    sizes = (batch, rows, q_len, k_len, heads, head_dim)
+    return Problem(device.type, _capability(device), dtype, *sizes, pair_dtype, pair_batch, softmax_scale)
 
 
-def problem_of(q: Tensor, k: Tensor) -> Problem:
-    """The `Problem` of q [B, N, Lq, H, D] and k [B, N, Lk, H, D]."""
-    return _problem(q.shape, k.shape[2], q.dtype, q.device)
+def problem_of(q: Tensor, k: Tensor, pair_bias: Tensor | None, softmax_scale: float) -> Problem:
+    """The `Problem` of q [B, N, Lq, H, D], k [B, N, Lk, H, D] and pair_bias [B|1, 1, H|1, Lq, Lk] or None."""
+    if pair_bias is None:
+        return _problem(q.shape, k.shape[2], q.dtype, q.device, None, 1, softmax_scale)
+    return _problem(q.shape, k.shape[2], q.dtype, q.device, pair_bias.dtype, pair_bias.shape[0], softmax_scale)

@@ -23,6 +23,7 @@ _KEPT_PLANS = 4096  # about 2 KiB each
 _SOME_ADDRESS = 256  # a multiple of every alignment
 # Every path takes the same parameters and has four functions of its own; "sm90" is there if the GPUs were targeted.
 _PREFIXES = {"sm80": "ds4sci_evoformer_", "sm90": "ds4sci_evoformer_sm90_"}
+_READ_BY_COPY_ENGINE = {"sm80": False, "sm90": True}
 
 
 class _EntryPoints:
@@ -110,9 +111,9 @@ class Extension:
         plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path)
         if plan.readable and _layout.addresses_are_aligned(q, k, v, pair_bias):
             return self._forward(plan, q, k, v, mask_bias, pair_bias)
-        head_dim = q.shape[-1]
-        q, k, v = (_layout.readable_rows(x) for x in (q, k, v))
-        pair_bias = _layout.readable_pair_bias(pair_bias)
+        head_dim, by_copy_engine = q.shape[-1], _READ_BY_COPY_ENGINE[path]
+        q, k, v = (_layout.readable_rows(x, by_copy_engine) for x in (q, k, v))
+        pair_bias = _layout.readable_pair_bias(pair_bias, by_copy_engine)
         plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path)
         o, lse = self._forward(plan, q, k, v, mask_bias, pair_bias)
         return _layout.narrow(o, head_dim), lse
@@ -143,9 +144,9 @@ class Extension:
         plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path, of_backward)
         if plan.readable and _layout.addresses_are_aligned(do, q, k, v, pair_bias, o):
             return self._backward(plan, do, q, k, v, mask_bias, pair_bias, o, lse, wanted)
-        head_dim = q.shape[-1]
-        do, q, k, v, o = (_layout.readable_rows(x) for x in (do, q, k, v, o.contiguous()))
-        pair_bias = _layout.readable_pair_bias(pair_bias)
+        head_dim, by_copy_engine = q.shape[-1], _READ_BY_COPY_ENGINE[path]
+        do, q, k, v, o = (_layout.readable_rows(x, by_copy_engine) for x in (do, q, k, v, o.contiguous()))
+        pair_bias = _layout.readable_pair_bias(pair_bias, by_copy_engine)
         of_backward = (do.stride(), True, wanted)
         plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path, of_backward)
         dq, dk, dv, *of_biases = self._backward(plan, do, q, k, v, mask_bias, pair_bias, o, lse, wanted)
@@ -226,7 +227,7 @@ class Extension:
         return _Plan(
             functions,
             params,
-            _is_readable(layout, of_backward),
+            _is_readable(layout, of_backward, _READ_BY_COPY_ENGINE[path]),
             workspace_bytes,
             lse_dtype(layout.dtype),
             lse_shape=(batch, rows, heads, q_len),
@@ -260,16 +261,16 @@ def _point(params: Params, names: Iterable[str], address: int | None) -> None:
         setattr(params, name, address)
 
 
-def _is_readable(layout: Layout, of_backward: tuple | None) -> bool:
+def _is_readable(layout: Layout, of_backward: tuple | None, by_copy_engine: bool) -> bool:
     read = [(layout.q_shape, layout.q_stride), (layout.k_shape, layout.k_stride), (layout.k_shape, layout.v_stride)]
     if of_backward is not None:
         do_stride, o_is_contiguous, _ = of_backward
         if not o_is_contiguous:
             return False
         read.append((layout.q_shape, do_stride))
-    if layout.pair is not None and not _layout.is_readable(*layout.pair):
+    if layout.pair is not None and not _layout.is_readable(*layout.pair, by_copy_engine):
         return False
-    return all(_layout.rows_are_readable(shape, stride, layout.dtype) for shape, stride in read)
+    return all(_layout.rows_are_readable(shape, stride, layout.dtype, by_copy_engine) for shape, stride in read)
 
 
 def _reduce_mask_gradient(dmask: Tensor, mask_bias: Tensor) -> Tensor:
@@ -311,3 +312,14 @@ def extension() -> Extension:
     from deepspeed_ds4sci.op_builder.evoformer_attn import EvoformerAttnBuilder
 
     return EvoformerAttnBuilder().load()
+
+
+@functools.cache
+def missing_reason(path: str) -> str | None:
+    """None once the library of this process is loaded and has the kernels of `path`, else why not. Compiles on first
+    use."""
+    try:
+        extension()._of(path)
+    except Exception as error:  # whatever goes wrong in a compiler run becomes the reason that the caller reads
+        return f"its compiled library is not available: {error}"
+    return None

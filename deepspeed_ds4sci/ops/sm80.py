@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The portable CUDA implementation: mma.sync kernels for every NVIDIA GPU from compute capability 8.0 on."""
 
-import functools
-
 import torch
 
-from ._extension import extension
+from ._extension import extension, missing_reason
 
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 128
@@ -13,16 +11,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # One thread block handles a tile of one (row, head); blocks are numbered on one grid axis.
 _MAX_BLOCKS = 2**31 - 1
 _SMALLEST_TILE = 32
-
-
-@functools.lru_cache(maxsize=1)
-def _load_failure() -> str | None:
-    """None once the compiled library is loaded, else why it is not. Compiles on first use."""
-    try:
-        extension()
-    except Exception as error:  # whatever goes wrong in a compiler run becomes the reason that the caller reads
-        return f"its compiled library is not available: {error}"
-    return None
 
 
 class _SM80:
@@ -41,7 +29,7 @@ class _SM80:
         blocks = -(-longest // _SMALLEST_TILE) * problem.heads * problem.batch * problem.rows
         if blocks > _MAX_BLOCKS:
             return f"takes up to {_MAX_BLOCKS} thread blocks, {blocks} needed"
-        return _load_failure()
+        return missing_reason(self.name)
 
     def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
         return extension().forward(q, k, v, mask_bias, pair_bias, softmax_scale)

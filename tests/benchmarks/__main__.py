@@ -3,7 +3,8 @@
 
     python -m tests.benchmarks                                       # the shapes with timing bars, every peer
     python -m tests.benchmarks --shapes triangle-512,msa-row --peers flex,deepspeed
-    python -m tests.benchmarks --shapes uses --passes fwd --mask none --json out.json --plot out.png
+    python -m tests.benchmarks --shapes uses --impl default,sm80,sm90
+    python -m tests.benchmarks --shapes lengths,tails --passes fwd --mask none --json out.json --plot out.png
     python -m tests.benchmarks --device cpu --quick
 
 Times are medians of device events over at least --min-ms of repetitions after warm-up, the L2 cache flushed before
@@ -25,7 +26,13 @@ from tests.benchmarks.peers import PEERS, Ours, Peer
 from tests.benchmarks.timing import clock_for
 from tests.helpers import shapes as named
 
-GROUPS = {"bars": named.BARS, "uses": named.USES, "small": named.SMALL_USES}
+GROUPS = {
+    "bars": named.BARS,
+    "uses": named.USES,
+    "lengths": named.LENGTHS,
+    "tails": named.TAILS,
+    "small": named.SMALL_USES,
+}
 QUICK = {"cuda": "triangle-256,msa-row-initial", "cpu": "small-triangle"}
 SMALL_LOGITS = 2**27  # launches, not the GPU, decide the time of smaller eager calls: triangle 256 is half of it
 
@@ -64,8 +71,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("--shapes", help="names, patterns (triangle-*) or the groups bars, uses, small, with commas")
-    add("--impl", help="ours: implementations, with commas (default: the one picked by itself)")
+    add("--shapes", help=f"names, patterns (triangle-*) or the groups {', '.join(GROUPS)}, with commas")
+    add("--impl", default="default", help="ours: names with commas; default (the default) is the one picked by itself")
     add("--peers", default="all", help=f"with commas, of {', '.join(PEERS)}; or all, or none")
     add("--passes", default="fwd,fwd+bwd", help="fwd, fwd+bwd or both (default)")
     add("--dtype", help=f"with commas, of {', '.join(DTYPES)} (default: bf16; on the CPU fp32)")
@@ -123,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         memory=options.memory and not on_cpu,
         graph_logits=SMALL_LOGITS if options.graph else 0,
     )
-    ours = [Ours(name) for name in (options.impl.split(",") if options.impl else [None])]
+    ours = [Ours(None if name == "default" else name) for name in options.impl.split(",")]
     cases = [Case.of(shape, dtype, options.mask, options.pair_grad) for dtype in dtypes for shape in shapes]
     about = record.machine(device, arguments)
     bench = Bench(device, clock_for(device), settings)

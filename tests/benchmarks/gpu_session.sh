@@ -88,7 +88,7 @@ profile() {
     local arguments=(triangle-512)
     [[ -n ${PROFILE_ARGS:-} ]] && read -ra arguments <<<"$PROFILE_ARGS"
     # The clocks are left as they are; the first run warms up and is profiled too.
-    local kernels=${PROFILE_KERNELS:-"^evoformer_|^prepare_kernel"}
+    local kernels=${PROFILE_KERNELS:-"^evoformer_|^(sm90_)?prepare_kernel"}
     ncu --clock-control none -k "regex:$kernels" --section SpeedOfLight --section LaunchStats \
         --section Occupancy --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis \
         --section WarpStateStats --section SourceCounters \

@@ -161,9 +161,11 @@ def measure(bursts: int) -> list[Row]:
             rows += _measured("CPU, stub", "cpu", "sm80", library, bursts)
     if torch.cuda.is_available():
         inputs = make_inputs(TINY, torch.bfloat16, "cuda")
-        for name, reason in _dispatch.explain(_dispatch.problem_of(inputs.q, inputs.k)):
-            if name in ("sm80", "sm90") and reason is None:
-                rows += _measured(f"{torch.cuda.get_device_name()}, {name}", "cuda", name, extension(), bursts, name)
+        problem = _dispatch.problem_of(inputs.q, inputs.k, inputs.pair_bias, TINY.head_dim**-0.5)
+        for entry in _dispatch.implementations():
+            if entry.name in ("sm80", "sm90") and entry.unsupported_reason(problem) is None:
+                where = f"{torch.cuda.get_device_name()}, {entry.name}"
+                rows += _measured(where, "cuda", entry.name, extension(), bursts, entry.name)
     return rows
 
 

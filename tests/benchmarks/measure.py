@@ -118,6 +118,8 @@ class Bench:
             if not peer.shares_pair_bias:
                 case, inputs = with_samples_as_rows(case, inputs)
             return "ok", "", peer.bind(case, inputs)
+        except NotImplementedError as error:
+            status, reason = "refused", first_line(error)
         except Exception as error:
             status, reason = failure(error)
         self._clean_up()

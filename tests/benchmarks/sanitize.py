@@ -4,7 +4,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.benchmarks.sanitize
 
 Caching is turned off so that each tensor is an allocation of its own, whose ends the sanitizer knows. Inputs are made
-on the CPU: a sanitizer slows every kernel down, also those that only prepare.
+on the CPU: a sanitizer slows every kernel down, also those that only prepare. Each implementation runs the cases that
+it takes.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from deepspeed_ds4sci import evoformer_attention
+from deepspeed_ds4sci.ops._dispatch import choose, problem_of
 
+IMPLEMENTATIONS = ("sm90", "sm80")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (8, 16, 24, 32, 48, 64, 96, 128)
 
@@ -35,6 +38,7 @@ class Small:
     pair: str = "full"  # "full", "heads" (broadcast over H) or "none"
     bias_dtype: torch.dtype | None = None  # None: that of q
     layout: str = "plain"  # "plain", "ending" (transposed view) or "packed" (slices of one projection)
+    unlucky: bool = False  # the largest pair bias is dropped by the mask: no reference for the softmax
 
 
 VARIANTS = (
@@ -52,6 +56,8 @@ VARIANTS = (
     Small(rows=70, layout="ending"),
     Small(layout="packed"),
     Small(rows=9, q_len=193, k_len=193),
+    Small(rows=4, head_dim=64, q_len=130, k_len=200),
+    Small(rows=4, unlucky=True),
 )
 
 
@@ -74,12 +80,17 @@ def _qkv(small: Small, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     return [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
 
 
-def run(dtype: torch.dtype, small: Small, implementation: str, device: str) -> None:
-    """Forward and backward of one case; RuntimeError if a result is not finite."""
+def run(dtype: torch.dtype, small: Small, implementation: str, device: str) -> bool:
+    """Forward and backward of one case; False if the implementation does not take it.
+
+    RuntimeError if a result is not finite.
+    """
     torch.manual_seed(0)
     q, k, v = _qkv(small, dtype, device)
     keep = torch.rand(small.batch, small.rows, 1, 1, small.k_len) > 0.2
     keep[:, 0] = False  # a row without any key
+    if small.unlucky:
+        keep[..., -1] = False
     bias_dtype = small.bias_dtype or dtype
     mask_bias = None
     if small.mask == "bool":
@@ -89,29 +100,41 @@ def run(dtype: torch.dtype, small: Small, implementation: str, device: str) -> N
     pair_bias = None
     if small.pair != "none":
         heads = small.heads if small.pair == "full" else 1
-        pair_bias = (
-            torch.randn(small.batch, 1, heads, small.q_len, small.k_len).to(device, bias_dtype).requires_grad_()
-        )
+        pair_bias = torch.randn(small.batch, 1, heads, small.q_len, small.k_len)
+        if small.unlucky:
+            pair_bias[..., -1] = 200.0
+        pair_bias = pair_bias.to(device, bias_dtype).requires_grad_()
+    try:
+        choose(problem_of(q, k, pair_bias, small.head_dim**-0.5), implementation)
+    except NotImplementedError:
+        return False
     o = evoformer_attention(q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, implementation=implementation)
     wanted = [x for x in (q, k, v, mask_bias, pair_bias) if x is not None and x.requires_grad]
     results = torch.autograd.grad(o, wanted, torch.randn(o.shape).to(device, dtype))
     for result in (o, *results):
         if not torch.isfinite(result.detach().cpu()).all():
             raise RuntimeError(f"a result is not finite: {dtype}, {small}")
+    return True
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--impl", default="sm80", help="implementation to run (default: sm80)")
+    parser.add_argument("--impl", help=f"implementations with commas (default: {', '.join(IMPLEMENTATIONS)})")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="every fourth case")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.device == "cuda" and os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         print("warning: errors inside torch's pool go unseen; set PYTORCH_NO_CUDA_MEMORY_CACHING=1", file=sys.stderr)
     chosen = cases()[:: 4 if options.quick else 1]
-    for dtype, small in chosen:
-        run(dtype, small, options.impl, options.device)
-    print(f"{len(chosen)} cases ran")
+    total = 0
+    for name in options.impl.split(",") if options.impl else IMPLEMENTATIONS:
+        ran = sum(run(dtype, small, name, options.device) for dtype, small in chosen)
+        print(f"{name}: {ran} of {len(chosen)} cases ran")
+        if ran == 0 and options.impl:
+            raise SystemExit(f"{name} takes none of the cases on {options.device}")
+        total += ran
+    if total == 0:
+        raise SystemExit(f"none of {', '.join(IMPLEMENTATIONS)} takes any case on {options.device}")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def test_what_is_right_is_timed():
         (Spoiled(refused="squares only"), "refused", "squares only"),
         (Spoiled(bind_error=torch.OutOfMemoryError("no")), "OOM", "memory"),
         (Spoiled(bind_error=KeyError("lost")), "failed", "KeyError: 'lost'"),
+        (Spoiled(bind_error=NotImplementedError("16-bit only")), "refused", "16-bit only"),
         (Spoiled(scale=0.0), "WRONG", "o 1.0e"),
         (Spoiled(scale=float("nan")), "WRONG", "o inf"),
     ],

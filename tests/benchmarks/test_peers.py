@@ -177,3 +177,9 @@ def test_peers_of_the_gpu_are_missing_on_a_cpu(name):
 
 def test_ours_passes_on_why_it_cannot_run():
     assert "sm90" in Ours("sm90").unavailable_reason("cpu")
+
+
+def test_ours_declines_a_case_that_its_named_implementation_does_not_take():
+    case = case_of(SQUARE)
+    with pytest.raises(NotImplementedError, match='"sm90" cannot run this problem: needs a CUDA device'):
+        Ours("sm90").bind(case, make_inputs(case, CPU))

@@ -186,7 +186,10 @@ def test_shapes_by_name_group_and_pattern():
         "triangle-511",
     ]
     assert chosen_shapes("bars,triangle-256") == list(GROUPS["bars"])
-    with pytest.raises(ValueError, match="--shapes takes bars, uses, small, .*; got 'nosuch'"):
+    lengths = [256, 384, 512, 768, 1024, 2048, 3072, 4096, 511, 1000, 1217, 1280]
+    assert [shape.k_len for shape in chosen_shapes("lengths,tails")] == lengths
+    assert [shape.name for shape in chosen_shapes("triangle-3072")] == ["triangle-3072"]
+    with pytest.raises(ValueError, match="--shapes takes bars, uses, lengths, tails, small, .*; got 'nosuch'"):
         chosen_shapes("msa-row,nosuch")
 
 

@@ -8,18 +8,26 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from deepspeed_ds4sci import evoformer_attention
-from deepspeed_ds4sci.ops._dispatch import choose, problem_of
+from deepspeed_ds4sci.ops import sm90
+from deepspeed_ds4sci.ops._dispatch import explain, problem_of
 from deepspeed_ds4sci.ops._extension import extension
 from tests.helpers import shapes
 from tests.helpers.inputs import make_inputs
 from tests.helpers.numerics import check_against_eager, run_op
+
+from .runs import IMPLEMENTATIONS, RUNS
 
 pytestmark = pytest.mark.gpu
 
 SHAPE = shapes.AttentionShape("medium", 1, 33, 130, 130, 4, 32, "tails and several tiles")
 
 
-def attend(inputs, implementation="sm80"):
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    return request.param
+
+
+def attend(inputs, implementation):
     return evoformer_attention(
         inputs.q,
         inputs.k,
@@ -30,35 +38,39 @@ def attend(inputs, implementation="sm80"):
     )
 
 
-def test_the_fastest_implementation_here_is_compiled():
+def test_every_compiled_implementation_for_this_gpu_can_run():
+    """A library without the Hopper kernels, or one that does not compile, must not pass as a skipped test."""
     inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
-    assert choose(problem_of(inputs.q, inputs.k)).name in ("sm90", "sm80")
+    reasons = dict(explain(problem_of(inputs.q, inputs.k, inputs.pair_bias, SHAPE.head_dim**-0.5)))
+    assert reasons["sm80"] is None
+    assert torch.cuda.get_device_capability() != sm90.CAPABILITY or reasons["sm90"] is None
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
-def test_twenty_runs_give_the_same_bits(dtype):
-    inputs = make_inputs(SHAPE, dtype, "cuda")
-    first = run_op(inputs, "sm80")
+@pytest.mark.parametrize("mask, pair", (("additive", "contiguous"), ("bool", "none"), ("minus_inf", "shared_samples")))
+@pytest.mark.parametrize("implementation, dtype", RUNS)
+def test_twenty_runs_give_the_same_bits(implementation, dtype, mask, pair):
+    inputs = make_inputs(SHAPE, dtype, "cuda", mask=mask, pair=pair)
+    first = run_op(inputs, implementation)
     for _ in range(19):
-        again = run_op(inputs, "sm80")
+        again = run_op(inputs, implementation)
         for name, tensor in first.tensors.items():
             assert torch.equal(again[name], tensor), name
 
 
-def test_same_bits_beside_other_work():
+def test_same_bits_beside_other_work(implementation):
     inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
-    first = run_op(inputs, "sm80")
+    first = run_op(inputs, implementation)
     side, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     with torch.cuda.stream(side):
         for _ in range(20):
             noise = noise @ noise
-    again = run_op(inputs, "sm80")
+    again = run_op(inputs, implementation)
     for name, tensor in first.tensors.items():
         assert torch.equal(again[name], tensor), name
 
 
 @pytest.mark.parametrize("layout", ("ending_node", "packed_qkv", "heads_first"))
-def test_aligned_views_are_not_copied(layout):
+def test_aligned_views_are_not_copied(implementation, layout):
     """Peak memory of a view equals that of contiguous tensors: no hidden copies, forward and backward."""
     shape = shapes.AttentionShape("square", 1, 256, 256, 256, 4, 32, "triangle")
 
@@ -68,42 +80,42 @@ def test_aligned_views_are_not_copied(layout):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run_op(inputs, "sm80")
+        run_op(inputs, implementation)
         return torch.cuda.max_memory_allocated() - before
 
     assert peak(layout) == peak("contiguous")
 
 
-def test_extra_memory_grows_with_length_not_its_square():
+def test_extra_memory_grows_with_length_not_its_square(implementation):
     shape = shapes.BY_NAME["triangle-1024"]
     inputs = make_inputs(shape, torch.bfloat16, "cuda", mask="additive")
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    o = attend(inputs)
+    o = attend(inputs, implementation)
     torch.autograd.grad(o, (inputs.q, inputs.k, inputs.v, inputs.pair_bias), inputs.do)
     assert (torch.cuda.max_memory_allocated() - before) / 2**20 <= 1150
 
 
-def test_gradient_of_a_sum_has_zero_strides():
+def test_gradient_of_a_sum_has_zero_strides(implementation):
     inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
-    expected = torch.autograd.grad(attend(inputs), inputs.q, torch.ones_like(inputs.do))[0]
-    actual = torch.autograd.grad(attend(inputs).sum(), inputs.q)[0]
+    expected = torch.autograd.grad(attend(inputs, implementation), inputs.q, torch.ones_like(inputs.do))[0]
+    actual = torch.autograd.grad(attend(inputs, implementation).sum(), inputs.q)[0]
     assert torch.equal(actual, expected)
 
 
-def test_unwanted_gradients_change_nothing():
+def test_unwanted_gradients_change_nothing(implementation):
     inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
-    every = run_op(inputs, "sm80")
+    every = run_op(inputs, implementation)
     for name, tensor in inputs.differentiable().items():
-        alone = torch.autograd.grad(attend(inputs), tensor, inputs.do)[0]
+        alone = torch.autograd.grad(attend(inputs, implementation), tensor, inputs.do)[0]
         assert torch.equal(alone, every[f"d{name}"]), name
 
 
-def test_side_stream():
+def test_side_stream(implementation):
     inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
-    expected = run_op(inputs, "sm80")
+    expected = run_op(inputs, implementation)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -112,25 +124,25 @@ def test_side_stream():
         inputs.q.data.zero_()
         torch.cuda._sleep(50_000_000)
         inputs.q.data.copy_(late)
-        actual = run_op(inputs, "sm80")
+        actual = run_op(inputs, implementation)
     stream.synchronize()
     for name, tensor in expected.tensors.items():
         assert torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_second_device():
+def test_second_device(implementation):
     assert torch.cuda.current_device() == 0
-    check_against_eager(make_inputs(SHAPE, torch.bfloat16, "cuda:1"), "sm80")
+    check_against_eager(make_inputs(SHAPE, torch.bfloat16, "cuda:1"), implementation)
     assert torch.cuda.current_device() == 0
 
 
-def test_cuda_graph_replays_forward_and_backward():
+def test_cuda_graph_replays_forward_and_backward(implementation):
     inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
     sources = list(inputs.differentiable().values())
 
     def step():
-        o = attend(inputs)
+        o = attend(inputs, implementation)
         return (o, *torch.autograd.grad(o, sources, inputs.do))
 
     stream = torch.cuda.Stream()
@@ -146,25 +158,25 @@ def test_cuda_graph_replays_forward_and_backward():
         old.data.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
-    for name, actual in zip(run_op(fresh, "sm80").tensors.items(), captured, strict=True):
+    for name, actual in zip(run_op(fresh, implementation).tensors.items(), captured, strict=True):
         assert torch.equal(actual, name[1]), name[0]
 
 
-def test_compile_fullgraph():
+def test_compile_fullgraph(implementation):
     inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
     compiled = torch.compile(attend, fullgraph=True)
     sources = list(inputs.differentiable().values())
-    actual = torch.autograd.grad(compiled(inputs), sources, inputs.do)
-    expected = torch.autograd.grad(attend(inputs), sources, inputs.do)
+    actual = torch.autograd.grad(compiled(inputs, implementation), sources, inputs.do)
+    expected = torch.autograd.grad(attend(inputs, implementation), sources, inputs.do)
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
 
-def test_activation_checkpointing():
+def test_activation_checkpointing(implementation):
     inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
     sources = list(inputs.differentiable().values())
-    actual = torch.autograd.grad(checkpoint(attend, inputs, use_reentrant=False), sources, inputs.do)
-    expected = torch.autograd.grad(attend(inputs), sources, inputs.do)
+    actual = torch.autograd.grad(checkpoint(attend, inputs, implementation, use_reentrant=False), sources, inputs.do)
+    expected = torch.autograd.grad(attend(inputs, implementation), sources, inputs.do)
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -172,7 +184,7 @@ def test_activation_checkpointing():
 def test_autocast_computes_in_16_bits():
     inputs = make_inputs(SHAPE, torch.float32, "cuda", mask="fp32", pair="fp32")
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        o = attend(inputs)
+        o = attend(inputs, None)
     assert o.dtype == torch.bfloat16
     grads = torch.autograd.grad(o, (inputs.q, inputs.pair_bias), inputs.do.bfloat16())
     assert [grad.dtype for grad in grads] == [torch.float32, torch.float32]
@@ -181,11 +193,12 @@ def test_autocast_computes_in_16_bits():
 @pytest.mark.parametrize(
     "mask, pair", (("none", "none"), ("additive", "none"), ("bool", "contiguous"), ("additive", "contiguous"))
 )
-def test_opcheck(mask, pair):
+def test_opcheck(implementation, mask, pair):
     shape = shapes.AttentionShape("tiny", 1, 2, 17, 19, 2, 16, "opcheck")
     inputs = make_inputs(shape, torch.bfloat16, "cuda", mask=mask, pair=pair)
     torch.library.opcheck(
-        torch.ops.deepspeed_ds4sci.evoformer_attn_fwd.default, (*inputs.tensors(), shape.head_dim**-0.5, "sm80")
+        torch.ops.deepspeed_ds4sci.evoformer_attn_fwd.default,
+        (*inputs.tensors(), shape.head_dim**-0.5, implementation),
     )
 
 

@@ -86,6 +86,18 @@ BARS: tuple[AttentionShape, ...] = tuple(
     )
 )
 
+# Triangle attention by length.
+LENGTHS: tuple[AttentionShape, ...] = tuple(
+    BY_NAME.get(f"triangle-{length}") or _triangle(length, source="time against length")
+    for length in (256, 384, 512, 768, 1024, 2048, 3072, 4096)
+)
+
+# Lengths that fill no tile, each followed by the next multiple of 64.
+TAILS: tuple[AttentionShape, ...] = tuple(
+    BY_NAME.get(f"triangle-{length}") or _triangle(length, source="what a tail costs")
+    for length in (511, 512, 1000, 1024, 1217, 1280)
+)
+
 # The same uses, small enough for a CPU.
 SMALL_USES: tuple[AttentionShape, ...] = (
     _square("small-msa-row", 1, 12, 48, 8, 32, "msa-row"),

@@ -44,7 +44,7 @@ class Peer:
         return None
 
     def bind(self, case: Case, inputs: Inputs) -> Call:
-        """Copies the inputs into its layout."""
+        """Copies the inputs into its layout. NotImplementedError, like `refused_reason`, declines the case."""
         raise NotImplementedError
 
 

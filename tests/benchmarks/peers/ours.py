@@ -28,8 +28,11 @@ class Ours(Peer):
         return None
 
     def bind(self, case: Case, inputs: Inputs) -> Call:
+        """NotImplementedError if the named implementation does not take the case."""
         from deepspeed_ds4sci import evoformer_attention
+        from deepspeed_ds4sci.ops._dispatch import choose, problem_of
 
+        choose(problem_of(inputs.q, inputs.k, inputs.pair_bias, case.head_dim**-0.5), self.implementation)
         q, k, v = leaf(inputs.q), leaf(inputs.k), leaf(inputs.v)
         mask_bias = inputs.mask_bias()
         pair_bias = None if inputs.pair_bias is None else leaf(inputs.pair_bias)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from deepspeed_ds4sci.ops import _extension, _layout, sm90
 from deepspeed_ds4sci.ops._extension import Extension
 from deepspeed_ds4sci.ops._params import layout_of, with_addresses
 from tests.helpers.inputs import make_inputs
@@ -42,8 +43,13 @@ def test_each_path_runs_its_own_kernels(stub, path):
     assert other.calls == before
 
 
-def test_a_path_that_was_not_compiled_is_refused(tmp_path):
+def test_a_path_that_was_not_compiled_is_refused(tmp_path, monkeypatch):
     portable = Extension(build(tmp_path, with_sm90=False))
+    monkeypatch.setattr(_extension, "extension", lambda: portable)
+    _extension.missing_reason.cache_clear()
+    assert _extension.missing_reason("sm80") is None
+    assert "was compiled without the sm90 kernels" in _extension.missing_reason("sm90")
+    _extension.missing_reason.cache_clear()
     portable.forward(*make_tensors(), 0.5)
     with pytest.raises(RuntimeError, match=r"stub.so was compiled without the sm90 kernels: .*sm90_fwd"):
         portable.forward(*make_tensors(), 0.5, path="sm90")
@@ -169,6 +175,71 @@ def test_what_the_kernels_cannot_read_is_copied(stub, layout, starts_late):
         by_name = {"q": told.q, "k": told.k, "v": told.v, "pair_bias": told.pair_bias, "do": told.d_o, "o": told.o}
         given = dict(zip(names, tensors, strict=True), do=do, o=o)
         assert {name for name in by_name if by_name[name] != address(given[name])} == {starts_late} - {"none"}
+
+
+def repeated(x, axis):
+    """x with its first part along `axis` in place of all, as an expanded view."""
+    return x.narrow(axis, 0, 1).expand(x.shape)
+
+
+@pytest.mark.parametrize(("path", "copied"), [("sm80", False), ("sm90", True)])
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("which", ["q", "k", "v", "do"])
+def test_only_the_copy_engine_needs_a_copy_of_repeated_rows(stub, path, copied, axis, which):
+    shape = AttentionShape("batched", 2, 3, 16, 24, 2, 8, "every axis above 1")
+    inputs = make_inputs(shape, torch.bfloat16)
+    tensors = {name: getattr(inputs, name).detach() for name in ("q", "k", "v", "do")}
+    tensors[which] = repeated(tensors[which], axis)
+    *qkv, do = tensors.values()
+    biases = (inputs.mask_bias.detach(), inputs.pair_bias.detach())
+    o, lse = stub.forward(*qkv, *biases, 0.5, path)
+    stub.backward(do, *qkv, *biases, o, lse, 0.5, EVERY, path)
+    told = Record(stub, path).params
+    for name, at, strides in (
+        ("q", told.q, told.q_stride),
+        ("k", told.k, told.k_stride),
+        ("v", told.v, told.v_stride),
+        ("do", told.d_o, told.d_o_stride),
+    ):
+        is_copied = copied and name == which
+        assert (at != address(tensors[name])) == is_copied, name
+        expected = tensors[name].contiguous() if is_copied else tensors[name]
+        assert (strides.b, strides.n, strides.l, strides.h) == expected.stride()[:4]
+
+
+@pytest.mark.parametrize(("path", "copied"), [("sm80", False), ("sm90", True)])
+def test_only_the_copy_engine_needs_a_copy_of_a_pair_bias_with_one_query(stub, path, copied):
+    q, k, v, mask, pair = make_tensors()
+    pair = repeated(pair, 3)
+    o, lse = stub.forward(q, k, v, mask, pair, 0.5, path)
+    stub.backward(o, q, k, v, mask, pair, o, lse, 0.5, EVERY, path)
+    told = Record(stub, path).params
+    assert (told.pair_bias != address(pair)) == copied
+    assert told.pair_stride_q == (24 if copied else 0)
+
+
+def test_strides_of_axes_of_one_element_are_not_looked_at(stub):
+    q, k, v, mask, pair = make_tensors(heads=1)
+    q = torch.as_strided(q, q.shape, (0, q.stride(1), q.stride(2), 3, 1))
+    stub.forward(q, k, v, mask, pair, 0.5, "sm90")
+    assert Record(stub, "sm90").params.q == address(q)
+
+
+def test_the_copy_engine_takes_strides_below_2_to_the_40_bytes():
+    shape, dtype = (2, 8), torch.bfloat16
+    assert _layout.is_readable(shape, (2**39 - 8, 1), dtype, by_copy_engine=True)
+    assert not _layout.is_readable(shape, (2**39, 1), dtype, by_copy_engine=True)
+    assert _layout.is_readable(shape, (2**39, 1), dtype)
+
+
+def test_sm90_calls_its_own_kernels(stub, monkeypatch):
+    monkeypatch.setattr(sm90, "extension", lambda: stub)
+    record, inputs = Record(stub, "sm90"), make_tensors()
+    (forwards, backwards) = record.calls
+    o, lse = sm90.SM90.forward(*inputs, 0.5)
+    gradients = sm90.SM90.backward(o, *inputs, o, lse, 0.5, EVERY)
+    assert record.calls == (forwards + 1, backwards + 1)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
 
 
 def test_a_head_dim_of_no_whole_16_bytes_is_padded(stub):

@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_numbers():
 
 
 def test_names_of_shapes_are_unique():
-    for group in (shapes.USES, shapes.BOUNDARY, shapes.SMALL_USES):
+    for group in (shapes.USES, shapes.BOUNDARY, shapes.SMALL_USES, shapes.LENGTHS, shapes.TAILS):
         assert len({shape.name for shape in group}) == len(group)
     assert set(shapes.BARS) <= set(shapes.USES)
     assert all(shape.source for shape in shapes.USES)

@@ -234,7 +234,7 @@ def test_lse_of_rows_with_and_without_keys():
 
 def test_it_runs_every_problem():
     inputs = make_inputs(SMALL)
-    assert tiled.TILED.unsupported_reason(problem_of(inputs.q, inputs.k)) is None
+    assert tiled.TILED.unsupported_reason(problem_of(*inputs.tensors()[:2], inputs.pair_bias, 1.0)) is None
 
 
 @pytest.mark.parametrize("length, largest", [(1, 512), (8, 8), (9, 8), (513, 512), (5000, 512), (100, 1)])
