@@ -63,6 +63,7 @@ extern "C" int32_t ds4sci_evoformer_fwd(const EvoformerParams* params) {
 
 extern "C" int32_t ds4sci_evoformer_bwd(const EvoformerParams* params) {
     if (const int32_t status = check_backward(*params)) return status;
+    if (params->dpair_out != nullptr && params->dpair_bias == nullptr) return kInvalidArgument;
     const KernelParams p = make_kernel_params(*params, true, nullptr);
     return DS4SCI_DTYPE_SWITCH(p.dtype, [&] {
         return DS4SCI_HEAD_DIM_SWITCH(p.head_dim, [&] {
@@ -72,6 +73,7 @@ extern "C" int32_t ds4sci_evoformer_bwd(const EvoformerParams* params) {
             if (status == cudaSuccess && (p.dk != nullptr || p.dmask_bias != nullptr)) {
                 status = run_evoformer_bwd_dkv<T, kHeadDim>(p);
             }
+            if (status == cudaSuccess) status = finish_dpair(p);
             return static_cast<int32_t>(status);
         });
     });

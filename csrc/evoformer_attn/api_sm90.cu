@@ -116,13 +116,15 @@ extern "C" int32_t ds4sci_evoformer_sm90_fwd(const EvoformerParams* params) {
 extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
     if (const int32_t status = check_backward(*params)) return status;
     if (const int32_t status = check_sm90(*params)) return status;
+    if (params->dpair_out != nullptr && params->dpair_bias == nullptr && params->dpair_splits != 1)
+        return kInvalidArgument;
     Sm90Params p = make_sm90_params(*params, true, nullptr);
     return DS4SCI_SM90_DTYPE_SWITCH(p.dtype, [&] {
         return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
             cudaError_t status = encode_maps(p, kHeadDim);
             if (status == cudaSuccess) status = run_sm90_prepare<T>(p);
             p.follows_prepare = true;
-            if (status == cudaSuccess && p.dpair_bias != nullptr) {
+            if (status == cudaSuccess && (p.dpair_bias != nullptr || p.dpair_out != nullptr)) {
                 status = run_sm90_bwd_dpair<T, kHeadDim>(p);
                 p.follows_prepare = false;
             }
@@ -132,6 +134,7 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
             }
             if (status == cudaSuccess && (p.dk != nullptr || p.dmask_bias != nullptr))
                 status = run_sm90_bwd_dkv<T, kHeadDim>(p);
+            if (status == cudaSuccess) status = finish_dpair(p);
             return static_cast<int32_t>(status);
         });
     });

@@ -3,7 +3,7 @@
 #pragma once
 #include <initializer_list>
 
-#include "kernel_params.h"
+#include "launch.h"
 #include "static_switch.h"
 
 namespace ds4sci {
@@ -57,9 +57,17 @@ inline int32_t check(const EvoformerParams& p) {
 
 inline int32_t check_backward(const EvoformerParams& p) {
     if (const int32_t status = check(p)) return status;
-    if (p.dpair_bias != nullptr && (p.pair_bias == nullptr || p.dpair_splits < 1)) return kInvalidArgument;
+    const bool wants_dpair = p.dpair_bias != nullptr || p.dpair_out != nullptr;
+    if (wants_dpair && (p.pair_bias == nullptr || p.dpair_splits < 1)) return kInvalidArgument;
     if ((p.dk == nullptr) != (p.dv == nullptr)) return kInvalidArgument;
     return 0;
+}
+
+// d(pair_bias) from its shares, where the caller wants it.
+inline cudaError_t finish_dpair(const KernelParams& p) {
+    if (p.dpair_out == nullptr || p.dpair_bias == nullptr) return cudaSuccess;
+    if (p.pair_dtype == kFloat32) return run_finish_dpair<float>(p);
+    return p.dtype == kFloat16 ? run_finish_dpair<fp16>(p) : run_finish_dpair<bf16>(p);
 }
 
 }  // namespace ds4sci

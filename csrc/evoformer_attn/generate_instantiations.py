@@ -16,21 +16,27 @@ SM90_DTYPES = {"fp16": "fp16", "bf16": "bf16"}
 
 def instantiations() -> dict[str, str]:
     """File name -> content."""
-    files = {"prepare.cu": _file("prepare_launch.cuh", "run_prepare", DTYPES.values())}
+    files = {"prepare.cu": _file("prepare_launch.cuh", ("run_prepare", "run_finish_dpair"), DTYPES.values())}
     for name, element in DTYPES.items():
         for kernel in KERNELS:
             arguments = [f"{element}, {head_dim}" for head_dim in HEAD_DIMS]
-            files[f"{kernel}_{name}.cu"] = _file("sm80/launch.cuh", f"run_evoformer_{kernel}", arguments)
-    files["prepare_sm90.cu"] = _file("sm90/launch.cuh", "run_sm90_prepare", SM90_DTYPES.values(), "Sm90Params")
+            files[f"{kernel}_{name}.cu"] = _file("sm80/launch.cuh", (f"run_evoformer_{kernel}",), arguments)
+    files["prepare_sm90.cu"] = _file("sm90/launch.cuh", ("run_sm90_prepare",), SM90_DTYPES.values(), "Sm90Params")
     for name, element in SM90_DTYPES.items():
         for kernel in KERNELS:
             arguments = [f"{element}, {head_dim}" for head_dim in SM90_HEAD_DIMS]
-            files[f"{kernel}_{name}_sm90.cu"] = _file("sm90/launch.cuh", f"run_sm90_{kernel}", arguments, "Sm90Params")
+            files[f"{kernel}_{name}_sm90.cu"] = _file(
+                "sm90/launch.cuh", (f"run_sm90_{kernel}",), arguments, "Sm90Params"
+            )
     return files
 
 
-def _file(header, function, arguments, params="KernelParams") -> str:
-    lines = [f"template cudaError_t {function}<{argument}>(const {params}&);" for argument in arguments]
+def _file(header, functions, arguments, params="KernelParams") -> str:
+    lines = [
+        f"template cudaError_t {function}<{argument}>(const {params}&);"
+        for function in functions
+        for argument in arguments
+    ]
     return "\n".join(
         [
             "// SPDX-License-Identifier: Apache-2.0",

@@ -7,6 +7,9 @@ namespace ds4sci {
 
 template <typename T>
 cudaError_t run_prepare(const KernelParams& p);
+// d(pair_bias) in T, from its shares.
+template <typename T>
+cudaError_t run_finish_dpair(const KernelParams& p);
 template <typename T, int kHeadDim>
 cudaError_t run_evoformer_fwd(const KernelParams& p);
 template <typename T, int kHeadDim>

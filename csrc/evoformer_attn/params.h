@@ -36,8 +36,11 @@ struct EvoformerParams {
     void* dv;           // [B, N, Lk, H, D] contiguous
     float* dpair_bias;  // [dpair_splits, B|1, H, Lq, Lk]: partial sums over rows, to be added in order
     float* dmask_bias;  // [B, N, H, Lk]: sums over queries, to be added over heads
-    void* workspace;    // ds4sci_evoformer_workspace_bytes() bytes, 256-byte aligned
-    void* stream;       // cudaStream_t
+    // [B|1, H, Lq, Lk], dtype of pair_bias: the partial sums added up and rounded. Null: dpair_bias is the result. The
+    // Hopper kernels need no dpair_bias for it where dpair_splits is 1.
+    void* dpair_out;
+    void* workspace;  // ds4sci_evoformer_workspace_bytes() bytes, 256-byte aligned
+    void* stream;     // cudaStream_t
 
     RowStrides q_stride, k_stride, v_stride, d_o_stride;
     int64_t mask_stride_b, mask_stride_n, mask_stride_k;

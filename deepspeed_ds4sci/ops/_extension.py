@@ -24,6 +24,8 @@ _SOME_ADDRESS = 256  # a multiple of every alignment
 # Every path takes the same parameters and has four functions of its own; "sm90" is there if the GPUs were targeted.
 _PREFIXES = {"sm80": "ds4sci_evoformer_", "sm90": "ds4sci_evoformer_sm90_"}
 _READ_BY_COPY_ENGINE = {"sm80": False, "sm90": True}
+# Whose d(pair_bias) kernel writes the rounded result by itself where there is one share of the rows.
+_ROUNDS_AN_ONLY_SHARE = {"sm80": False, "sm90": True}
 
 
 class _EntryPoints:
@@ -58,7 +60,9 @@ class _Plan:
     lse_dtype: torch.dtype
     lse_shape: tuple[int, ...]  # [B, N, H, Lq]
     dmask_shape: tuple[int, ...]  # [B, N, H, Lk]
-    dpair_shape: tuple[int, ...]  # [B|1, 1, H, Lq, Lk], after an axis of shares of the rows if there are several
+    # fp32 sums [B|1, 1, H, Lq, Lk], after an axis of shares of the rows if there are several; None: no need of them
+    dpair_shape: tuple[int, ...] | None
+    finishes_dpair: bool  # the library adds up the shares and rounds, or needs none; else torch does it
 
 
 class Extension:
@@ -156,7 +160,7 @@ class Extension:
         params = with_addresses(plan.params, q, k, v, mask_bias, pair_bias, o, lse)
         params.d_o = do.data_ptr()
         want_dq, want_dk, want_dv, want_dmask, want_dpair = wanted
-        dq = dk = dv = dmask = dpair = None
+        dq = dk = dv = dmask = dpair = shares = None
         if want_dq:
             dq = torch.empty_like(q, memory_format=torch.contiguous_format)
             params.dq = dq.data_ptr()
@@ -168,15 +172,19 @@ class Extension:
             dmask = torch.empty(plan.dmask_shape, dtype=torch.float32, device=q.device)
             params.dmask_bias = dmask.data_ptr()
         if want_dpair:
-            dpair = torch.empty(plan.dpair_shape, dtype=torch.float32, device=q.device)
-            params.dpair_bias = dpair.data_ptr()
+            if plan.dpair_shape is not None:
+                shares = torch.empty(plan.dpair_shape, dtype=torch.float32, device=q.device)
+                params.dpair_bias = shares.data_ptr()
+            if plan.finishes_dpair:
+                dpair = torch.empty(pair_bias.shape, dtype=pair_bias.dtype, device=q.device)
+                params.dpair_out = dpair.data_ptr()
         self._run(plan.functions.bwd, plan, params, q)
         return (
             dq,
             dk if want_dk else None,
             dv if want_dv else None,
             _reduce_mask_gradient(dmask, mask_bias) if want_dmask else None,
-            _reduce_pair_gradient(dpair, pair_bias) if want_dpair else None,
+            _reduce_pair_gradient(shares, pair_bias) if want_dpair and not plan.finishes_dpair else dpair,
         )
 
     def attention(self, q, k, v, bias1, bias2, o, lse) -> None:
@@ -211,14 +219,18 @@ class Extension:
         biases = {"mask_bias": layout.mask, "pair_bias": layout.pair}
         present = ["q", "k", "v", "o", "lse", *(name for name, bias in biases.items() if bias is not None)]
         _point(params, present, _SOME_ADDRESS)
-        dpair_shape = ()
+        dpair_shape, finishes_dpair = None, False
         if of_backward is not None:
             do_stride, _, (want_dq, want_dk, want_dv, want_dmask, want_dpair) = of_backward
             params.d_o_stride = RowStrides(*do_stride[:4])
             if want_dpair:
                 params.dpair_splits = functions.dpair_splits(params, _num_sms(layout.device))
-                shares = (params.dpair_splits,) if params.dpair_splits > 1 else ()
-                dpair_shape = (*shares, layout.pair.shape[0], 1, heads, q_len, k_len)
+                several = params.dpair_splits > 1
+                # A bias that all heads share needs their sum, and an only share in fp32 is the result.
+                finishes_dpair = layout.pair.shape[2] == heads and (several or layout.pair.dtype != torch.float32)
+                if several or not finishes_dpair or not _ROUNDS_AN_ONLY_SHARE[path]:
+                    shares = (params.dpair_splits,) if several else ()
+                    dpair_shape = (*shares, layout.pair.shape[0], 1, heads, q_len, k_len)
             outputs = {"dq": want_dq, "dk": want_dk or want_dv, "dmask_bias": want_dmask, "dpair_bias": want_dpair}
             _point(params, ["d_o", *(name for name, is_wanted in outputs.items() if is_wanted)], _SOME_ADDRESS)
             params.dv = params.dk
@@ -233,6 +245,7 @@ class Extension:
             lse_shape=(batch, rows, heads, q_len),
             dmask_shape=(batch, rows, heads, k_len),
             dpair_shape=dpair_shape,
+            finishes_dpair=finishes_dpair,
         )
 
     def _run(self, function, plan: _Plan, params: Params, like: Tensor) -> None:
@@ -281,7 +294,7 @@ def _reduce_mask_gradient(dmask: Tensor, mask_bias: Tensor) -> Tensor:
 
 
 def _reduce_pair_gradient(dpair: Tensor, pair_bias: Tensor) -> Tensor:
-    """`_Plan.dpair_shape` fp32 -> the pair bias's shape and dtype."""
+    """`_Plan.dpair_shape`, fp32 -> the pair bias's shape and dtype."""
     if dpair.dim() > pair_bias.dim():
         dpair = dpair.sum(dim=0)
     if pair_bias.shape[2] == 1 and dpair.shape[2] > 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
 POINTERS = (
     *("q", "k", "v", "mask_bias", "pair_bias", "o", "lse"),
-    *("d_o", "dq", "dk", "dv", "dpair_bias", "dmask_bias", "workspace", "stream"),
+    *("d_o", "dq", "dk", "dv", "dpair_bias", "dmask_bias", "dpair_out", "workspace", "stream"),
 )
 _ROW_STRIDES = ("q_stride", "k_stride", "v_stride", "d_o_stride")
 _STRIDES = ("mask_stride_b", "mask_stride_n", "mask_stride_k", "pair_stride_b", "pair_stride_h", "pair_stride_q")

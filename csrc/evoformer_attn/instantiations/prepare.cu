@@ -6,4 +6,7 @@ namespace ds4sci {
 template cudaError_t run_prepare<fp16>(const KernelParams&);
 template cudaError_t run_prepare<bf16>(const KernelParams&);
 template cudaError_t run_prepare<float>(const KernelParams&);
+template cudaError_t run_finish_dpair<fp16>(const KernelParams&);
+template cudaError_t run_finish_dpair<bf16>(const KernelParams&);
+template cudaError_t run_finish_dpair<float>(const KernelParams&);
 }  // namespace ds4sci

@@ -145,9 +145,9 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                         if (kPair) ref = lds_f32x2(vectors + offset + Tile::kRefsOffset + (2 * i + j) * 32);
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
-                            x[e] =
-                                exp2_approx(kPair ? fmaf(x[e], scale_log2, fmaf(b[e], kLog2E, e % 2 ? -ref.y : -ref.x))
-                                                  : x[e] * scale_log2);
+                            x[e] = exp2_approx(
+                                kPair ? fmaf(x[e], scale_log2, fmaf(b[e], kBiasLog2E<T>, e % 2 ? -ref.y : -ref.x))
+                                      : x[e] * scale_log2);
                         }
                     }
                     pack_operand<T>(packed[i], s[2 * i], s[2 * i + 1]);

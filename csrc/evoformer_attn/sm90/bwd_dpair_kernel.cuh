@@ -3,6 +3,7 @@
 // quarter of them; the sum stays in registers over all rows of the block's share, in their order.
 #pragma once
 #include "bias.h"
+#include "finish_kernel.cuh"
 #include "sm90/tile_config.h"
 
 namespace ds4sci {
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
 #pragma unroll
                         for (int e = 0; e < 4; ++e)
                             s[2 * i + j][e] =
-                                exp2_approx(fmaf(s[2 * i + j][e], scale_log2, fmaf(b[e], kLog2E, -ref[e / 2])));
+                                exp2_approx(fmaf(s[2 * i + j][e], scale_log2, fmaf(b[e], kBiasLog2E<T>, -ref[e / 2])));
                     }
                 }
                 wgmma_wait<0>();
@@ -134,14 +135,19 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
         const int64_t first_row =
             ((static_cast<int64_t>(split) * p.num_groups + group) * p.heads + head) * p.q_len + q0 + q;
         const int key = key0 + key_half * kTileRows + pair * 2;
-        float* out = p.dpair_bias + first_row * p.k_len + key;
+        const int64_t first_element = first_row * p.k_len + key;
         const int valid_rows = p.q_len - q0 - q, valid_keys = p.k_len - key;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                if (e / 2 * 8 < valid_rows && j * 8 + e % 2 < valid_keys)
-                    out[static_cast<int64_t>(e / 2 * 8) * p.k_len + j * 8 + e % 2] = sum[j][e];
+                if (e / 2 * 8 >= valid_rows || j * 8 + e % 2 >= valid_keys) continue;
+                const int64_t element = first_element + static_cast<int64_t>(e / 2 * 8) * p.k_len + j * 8 + e % 2;
+                if (p.dpair_bias != nullptr) {
+                    p.dpair_bias[element] = sum[j][e];
+                } else {  // the only share
+                    store_rounded(static_cast<T*>(p.dpair_out) + element, sum[j][e]);
+                }
             }
         }
     }

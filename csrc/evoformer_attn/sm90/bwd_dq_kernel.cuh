@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
 #pragma unroll
                             for (int e = 0; e < 4; ++e) {
                                 x[e] = exp2_approx(
-                                    kPair ? fmaf(x[e], scale_log2, fmaf(b[e], kLog2E, -stats.ref[half][e / 2]))
+                                    kPair ? fmaf(x[e], scale_log2, fmaf(b[e], kBiasLog2E<T>, -stats.ref[half][e / 2]))
                                           : x[e] * scale_log2);
                             }
                         }

@@ -160,8 +160,9 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                             if constexpr (kOnline) {
                                 x[e] = fmaf(x[e], scale, b[e] - ref[half][e / 2]);
                             } else {
-                                x[e] = exp2_approx(kPair ? fmaf(x[e], scale, fmaf(b[e], kLog2E, -ref[half][e / 2]))
-                                                         : x[e] * scale);
+                                x[e] =
+                                    exp2_approx(kPair ? fmaf(x[e], scale, fmaf(b[e], kBiasLog2E<T>, -ref[half][e / 2]))
+                                                      : x[e] * scale);
                                 softmax[half].sum[e / 2] += x[e];
                             }
                         }

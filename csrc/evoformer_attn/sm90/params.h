@@ -18,10 +18,20 @@ namespace ds4sci {
 
 constexpr float kDropped = -1e38f;
 
+// log2(e) in so few digits that its product with a 16-bit bias is exact in fp32. So bias * log2(e) - pair_ref is the
+// difference of the two biases times a constant, also at -1e9, where rounding either product would be off by whole
+// units. The constant's own error is below 2^-17 (bf16) and 2^-14 (fp16) of that difference.
+template <typename T>
+constexpr float kBiasLog2E = 47274.f / 32768.f;
+template <>
+constexpr float kBiasLog2E<fp16> = 5909.f / 4096.f;
+// pair_ref may not overflow: a row whose every bias is below about -2e38 has zero gradients.
+constexpr float kLowestRef = -3e38f;
+
 struct Sm90Params : KernelParams {
     // [D, L, H, N, B] in tiles of 64 positions; the pair bias [Lk, Lq, H, B] in tiles of 64 x 64.
     CUtensorMap q_map, k_map, v_map, d_o_map, pair_map;
-    float* pair_ref;     // pair_max * log2(e), which the exponentials subtract; same layout
+    float* pair_ref;     // pair_max * kBiasLog2E, which the exponentials subtract; same layout
     uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]
     float* delta;        // backward: [B, N, H, q_len_padded], 0 from q_len on

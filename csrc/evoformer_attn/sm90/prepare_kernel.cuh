@@ -51,7 +51,7 @@ DS4SCI_DEVICE void prepare_pair_refs(const Sm90Params& p, int64_t row, int lane)
     const float reference = pair_reference<T>(p, row, lane);
     if (lane != 0) return;
     p.pair_max[row] = reference;
-    p.pair_ref[row] = reference * kLog2E;
+    p.pair_ref[row] = fmaxf(reference * kBiasLog2E<T>, kLowestRef);
 }
 
 template <typename T>

@@ -116,6 +116,8 @@ def test_the_library_is_told_of_the_tensors_of_each_call(stub, dtype):
             strides = told.d_o_stride
             assert (strides.b, strides.n, strides.l, strides.h) == do.stride()[:4]
             assert (told.dmask_bias is not None, told.dpair_bias is not None) == wanted[3:]
+            finished = pair is not None and pair_kind != "one_head" and pair.dtype != torch.float32
+            assert told.dpair_out == (dpair.data_ptr() if finished else None)
             for gradient, x in zip((dq, dk, dv, dmask, dpair), tensors, strict=True):
                 assert gradient is None or (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
                 assert gradient is None or gradient.is_contiguous()
@@ -145,6 +147,29 @@ def test_only_wanted_gradients_get_memory(stub):
         kv = wanted[1] or wanted[2]  # they come together
         got = [x is not None for x in (told.dq, told.dk, told.dv, told.dmask_bias, told.dpair_bias)]
         assert got == [wanted[0], kv, kv, *wanted[3:]]
+
+
+@pytest.mark.parametrize(
+    ("path", "splits", "dtype", "heads", "shares", "finished"),
+    [
+        ("sm80", 1, torch.bfloat16, 2, True, True),
+        ("sm80", 1, torch.float32, 2, True, False),
+        ("sm90", 2, torch.bfloat16, 2, True, True),
+        ("sm90", 1, torch.bfloat16, 2, False, True),  # the kernel rounds by itself: no fp32 copy of the gradient
+        ("sm90", 1, torch.bfloat16, 1, True, False),  # torch adds up the heads
+    ],
+)
+def test_who_adds_up_the_pair_gradient(stub, monkeypatch, path, splits, dtype, heads, shares, finished):
+    q, k, v, mask, pair = make_tensors()
+    pair = pair[:, :, :heads].to(dtype).contiguous()
+    functions = stub._of(path)
+    monkeypatch.setattr(functions, "dpair_splits", lambda *arguments: splits)
+    scale = 0.5 + splits / 64  # a plan of its own
+    o, lse = stub.forward(q, k, v, mask, pair, scale, path=path)
+    *_, dpair = stub.backward(o, q, k, v, mask, pair, o, lse, scale, (False,) * 4 + (True,), path=path)
+    told = Record(stub, path).params
+    assert (told.dpair_bias is not None, told.dpair_out is not None) == (shares, finished)
+    assert (dpair.shape, dpair.dtype) == (pair.shape, pair.dtype)
 
 
 def late(x):
