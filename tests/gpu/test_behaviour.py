@@ -89,6 +89,7 @@ def test_aligned_views_are_not_copied(implementation, layout):
 def test_extra_memory_grows_with_length_not_its_square(implementation):
     shape = shapes.BY_NAME["triangle-1024"]
     inputs = make_inputs(shape, torch.bfloat16, "cuda", mask="additive")
+    inputs.mask_bias = inputs.mask_bias.detach()  # a gradient that nobody asks for here would be computed all the same
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

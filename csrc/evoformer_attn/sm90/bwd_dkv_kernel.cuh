@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
         const int warpgroup = warp / 4, warp_row = warp % 4 * 16;
         const int own_row = warpgroup / Tile::kKeyTiles, own_tile = warpgroup % Tile::kKeyTiles;
         const int quad = lane >> 2, pair = lane & 3;
-        const float scale_log2 = p.softmax_scale * kLog2E;
+        const float scale_log2 = p.softmax_scale * kBiasLog2E<T>;
         const MatrixOperand key_tiles = Rows::over_dim(Tile::own_tiles(warpgroup, 0));
         const MatrixOperand query_tiles = Rows::over_dim(Tile::query_tile(kSmemBase, own_row));
         const MatrixOperand d_o_tiles = Rows::over_dim(Tile::d_o_tile(kSmemBase, own_row));

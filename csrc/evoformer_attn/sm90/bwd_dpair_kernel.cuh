@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
         const int quad = lane >> 2, pair = lane & 3;
         const uint32_t bias_address =
             kept(Tile::kBiasOffset + warpgroup * kBiasTileBytes + bias_fragment(warp_row, lane));
-        const float scale_log2 = p.softmax_scale * kLog2E;
+        const float scale_log2 = p.softmax_scale * kBiasLog2E<T>;
         const int q = q_half * kTileRows + warp_row + quad;  // within the block: this lane's first query, then + 8
         const float* refs = pair_row(p, p.pair_ref, {0, 0, head, group}) + q0 + q;
         const float ref[2] = {refs[0], refs[8]};

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
         take_registers<Tile::kConsumerRegisters>();
         const int warpgroup = warp / 4, warp_row = warp % 4 * 16;
         const int quad = lane >> 2, pair = lane & 3;
-        const float scale_log2 = p.softmax_scale * kLog2E;
+        const float scale_log2 = p.softmax_scale * kBiasLog2E<T>;
         const MatrixOperand query_tiles = Rows::over_dim(Tile::own_tiles(warpgroup, 0));
         const MatrixOperand key_tiles = Rows::over_dim(Tile::key_tile(kSmemBase, warpgroup));
         const MatrixOperand value_tiles = Rows::over_dim(Tile::value_tile(kSmemBase, warpgroup));
@@ -125,6 +125,10 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
                     wgmma_wait<1>();
                     wgmma_complete(s);
                     if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
+                    // The mask drops keys past the end, but their bias reads as zero, which may be 1e38 above the
+                    // row's.
+                    if (kPair && p.k_len - k_tile * kTileRows < kTileRows)
+                        drop_columns(s, p.k_len - k_tile * kTileRows, lane);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         uint32_t bias[4] = {0, 0, 0, 0};

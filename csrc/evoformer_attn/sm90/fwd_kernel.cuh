@@ -13,10 +13,20 @@
 namespace ds4sci {
 
 // The softmax state of one warp's 16 rows without a running maximum; interface of OnlineSoftmax.
+template <typename T>
 struct StaticSoftmax {
     float sum[2];  // this lane's share of the sums of rows quad, quad + 8
 
     DS4SCI_DEVICE void reset() { sum[0] = sum[1] = 0.f; }
+    // The rounded terms, which the product with V takes: a key with all the weight then has weight 1, although its own
+    // term is no power of two.
+    DS4SCI_DEVICE void add(const uint32_t (&packed)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 terms = unpack2<T>(packed[i]);
+            sum[i % 2] += terms.x + terms.y;
+        }
+    }
     DS4SCI_DEVICE void finish() {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -30,7 +40,6 @@ struct StaticSoftmax {
         return sum[i] == 0.f ? -INFINITY : log2f(sum[i]) * kLn2;
     }
     // Whether neither the sum nor a term, rounded to T, has left T's range or lost digits there; false for NaN.
-    template <typename T>
     DS4SCI_DEVICE bool in_range(int i) const {
         return kIsBf16<T> ? sum[i] > 0x1p-80f && sum[i] < 0x1p100f : sum[i] > 0.5f && sum[i] < 0x1p15f;
     }
@@ -108,7 +117,10 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
         // The query side of the auxiliary product: three ones.
         const uint32_t ones = pair == 0 ? 0x3f803f80u : pair == 1 ? 0x00003f80u : 0u;
         const uint32_t query_aux[4] = {ones, ones, 0u, 0u};
-        const float scale = kOnline ? p.softmax_scale : p.softmax_scale * kLog2E;
+        // The online softmax counts in natural units; kUnit makes its powers those of kBiasLog2E, as the backward
+        // pass's.
+        constexpr float kUnit = kBiasLog2E<T> * kLn2;
+        const float scale = p.softmax_scale * (kOnline ? kUnit : kBiasLog2E<T>);
         const MatrixOperand query_tiles = Rows::over_dim(Tile::own_tiles(warpgroup, 0));
         const MatrixOperand key_tiles = Rows::over_dim(Tile::key_tile(kSmemBase, warpgroup));
         const MatrixOperand value_tiles = Rows::over_positions(Tile::value_tile(kSmemBase, warpgroup));
@@ -119,7 +131,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
         for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
             if (skips(index)) continue;
             float o[2][kHeadDim / 8][4];
-            using Softmax = std::conditional_t<kOnline, OnlineSoftmax, StaticSoftmax>;
+            using Softmax = std::conditional_t<kOnline, OnlineSoftmax, StaticSoftmax<T>>;
             Softmax softmax[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -127,11 +139,11 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 zero_bias(o[half]);
             }
             queries.wait_full();
+            const uint32_t refs =
+                Tile::own_tiles(warpgroup, queries.stage) + Tile::kRefsOffset + (warp_row + quad) * 4;
             // Of queries quad and quad + 8 of this warp, in either tile.
             float ref[2][2] = {};
             if (kPair) {
-                const uint32_t refs =
-                    Tile::own_tiles(warpgroup, queries.stage) + Tile::kRefsOffset + (warp_row + quad) * 4;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) ref[i / 2][i % 2] = lds_f32(refs + (i / 2 * kTileRows + i % 2 * 8) * 4);
             }
@@ -144,7 +156,9 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 wgmma_commit();
             };
             // Logits to unnormalised probabilities; for the online softmax, to logits with biases.
-            auto add_bias = [&](float (&s)[8][4], int half, int stage) {
+            auto add_bias = [&](float (&s)[8][4], int half, int stage, int valid_keys) {
+                // The mask drops keys past the end, but their bias reads as zero, which may be 1e38 above the row's.
+                if (kPair && valid_keys < kTileRows) drop_columns(s, valid_keys, lane);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     uint32_t bias[4] = {0, 0, 0, 0};
@@ -158,12 +172,11 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
                             if constexpr (kOnline) {
-                                x[e] = fmaf(x[e], scale, b[e] - ref[half][e / 2]);
+                                x[e] = fmaf(x[e], scale, (b[e] - ref[half][e / 2]) * kUnit);
                             } else {
                                 x[e] =
                                     exp2_approx(kPair ? fmaf(x[e], scale, fmaf(b[e], kBiasLog2E<T>, -ref[half][e / 2]))
                                                       : x[e] * scale);
-                                softmax[half].sum[e / 2] += x[e];
                             }
                         }
                     }
@@ -171,10 +184,16 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             };
             auto start_output = [&](float (&s)[8][4], uint32_t (&packed)[4][4], int half, int stage) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) pack_operand<T>(packed[i], s[2 * i], s[2 * i + 1]);
+                for (int i = 0; i < 4; ++i) {
+                    pack_operand<T>(packed[i], s[2 * i], s[2 * i + 1]);
+                }
                 wgmma_fence();
                 Rows::template product_pb<T>(o[half], packed, value_tiles.plus(stage * Tile::kStageBytes));
                 wgmma_commit();
+                if constexpr (!kOnline) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) softmax[half].add(packed[i]);
+                }
             };
 
             uint32_t finished_stage = 0;  // its values are read until the next wait
@@ -191,7 +210,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                         wgmma_complete(o[0]);
                         wgmma_complete(o[1]);
                         if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
-                        add_bias(s, half, ring.stage);
+                        add_bias(s, half, ring.stage, p.k_len - k_tile * kTileRows);
                         softmax[half].update(s, o[half]);
                         start_output(s, packed, half, ring.stage);
                     }
@@ -217,7 +236,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                         // The last step computes a tile again that nobody reads: a product under a condition would
                         // serialise all.
                         start_logits(s[half ^ 1], half ^ 1, half == 0 || last ? ring.stage : next.stage);
-                        add_bias(s[half], half, ring.stage);
+                        add_bias(s[half], half, ring.stage, p.k_len - k_tile * kTileRows);
                         wgmma_wait<1>();
                         wgmma_complete(o[half ^ 1]);
                         if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
@@ -250,8 +269,8 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                     if (quad + 8 < valid) lse[quad + 8] = softmax[half].template lse<float>(1);
                 }
                 if constexpr (!kOnline) {
-                    const bool out_of_range = (quad < valid && !softmax[half].template in_range<T>(0)) ||
-                                              (quad + 8 < valid && !softmax[half].template in_range<T>(1));
+                    const bool out_of_range = (quad < valid && !softmax[half].in_range(0)) ||
+                                              (quad + 8 < valid && !softmax[half].in_range(1));
                     if (out_of_range && keeps_a_key<Tile>(p, record.index, warpgroup))
                         p.redo[0] = p.redo[1 + record.index] = 1;
                 }

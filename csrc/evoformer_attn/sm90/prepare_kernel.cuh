@@ -78,7 +78,8 @@ template <typename T>
 DS4SCI_DEVICE void prepare_query_aux(const Sm90Params& p, uint32_t block, int thread) {
     const RowStats<T> stats = RowStats<T>::of(p, block, thread);
     if (!stats.owner) return;
-    const float scaled = stats.lse / p.softmax_scale;
+    // In the units that S has before it is multiplied by softmax_scale * kBiasLog2E.
+    const float scaled = stats.lse * (kLog2E / kBiasLog2E<T>) / p.softmax_scale;
     const Bf16Parts lse = Bf16Parts::of(scaled > -kDropped ? kDropped : -scaled);
     const Bf16Parts delta = Bf16Parts::of(-stats.delta);
     p.query_aux[stats.index] = make_uint4(pack2<bf16>(1.f, 1.f), pack2<bf16>(1.f, lse.high),
