@@ -15,16 +15,17 @@ namespace ds4sci {
 // The softmax state of one warp's 16 rows without a running maximum; interface of OnlineSoftmax.
 template <typename T>
 struct StaticSoftmax {
-    float sum[2];  // this lane's share of the sums of rows quad, quad + 8
+    // This lane's share of the sums of rows quad, quad + 8: of the terms, for lse; and of the terms rounded to T,
+    // which the product with V takes. So a key with all the weight has weight 1 in both passes, although its own term
+    // is no power of two.
+    float sum[2], rounded_sum[2];
 
-    DS4SCI_DEVICE void reset() { sum[0] = sum[1] = 0.f; }
-    // The rounded terms, which the product with V takes: a key with all the weight then has weight 1, although its own
-    // term is no power of two.
-    DS4SCI_DEVICE void add(const uint32_t (&packed)[4]) {
+    DS4SCI_DEVICE void reset() { sum[0] = sum[1] = rounded_sum[0] = rounded_sum[1] = 0.f; }
+    DS4SCI_DEVICE void add_rounded(const uint32_t (&packed)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float2 terms = unpack2<T>(packed[i]);
-            sum[i % 2] += terms.x + terms.y;
+            rounded_sum[i % 2] += terms.x + terms.y;
         }
     }
     DS4SCI_DEVICE void finish() {
@@ -32,9 +33,11 @@ struct StaticSoftmax {
         for (int i = 0; i < 2; ++i) {
             sum[i] += shfl_xor(sum[i], 1);
             sum[i] += shfl_xor(sum[i], 2);
+            rounded_sum[i] += shfl_xor(rounded_sum[i], 1);
+            rounded_sum[i] += shfl_xor(rounded_sum[i], 2);
         }
     }
-    DS4SCI_DEVICE float normaliser(int i) const { return sum[i] == 0.f ? 0.f : 1.f / sum[i]; }
+    DS4SCI_DEVICE float normaliser(int i) const { return rounded_sum[i] == 0.f ? 0.f : 1.f / rounded_sum[i]; }
     template <typename Lse>
     DS4SCI_DEVICE Lse lse(int i) const {
         return sum[i] == 0.f ? -INFINITY : log2f(sum[i]) * kLn2;
@@ -177,6 +180,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                                 x[e] =
                                     exp2_approx(kPair ? fmaf(x[e], scale, fmaf(b[e], kBiasLog2E<T>, -ref[half][e / 2]))
                                                       : x[e] * scale);
+                                softmax[half].sum[e / 2] += x[e];
                             }
                         }
                     }
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 wgmma_commit();
                 if constexpr (!kOnline) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) softmax[half].add(packed[i]);
+                    for (int i = 0; i < 4; ++i) softmax[half].add_rounded(packed[i]);
                 }
             };
 
