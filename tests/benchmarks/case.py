@@ -71,11 +71,13 @@ class Inputs:
 
     def mask_bias(self) -> Tensor | None:
         """[B, N, 1, 1, Lk] in q's dtype: 0 to keep, MASK_VALUE to drop."""
-        if self.keep is None:
-            return None
-        additive = torch.zeros(self.keep.shape, dtype=self.q.dtype, device=self.q.device)
-        additive.masked_fill_(~self.keep, max(MASK_VALUE, torch.finfo(self.q.dtype).min))
-        return additive[:, :, None, None, :]
+        return None if self.keep is None else additive_mask(self.keep, self.q.dtype)[:, :, None, None, :]
+
+
+def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `keep`, MASK_VALUE (the dtype's lowest value if that is above) elsewhere; same shape."""
+    additive = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    return additive.masked_fill_(~keep, max(MASK_VALUE, torch.finfo(dtype).min))
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:

@@ -3,7 +3,7 @@
 #
 # Everything that needs a GPU, in one call, each stage bounded in time; a failing stage does not stop the next.
 #
-#     bash tests/benchmarks/gpu_session.sh setup build report test sanitize bench memory host profile
+#     bash tests/benchmarks/gpu_session.sh setup build report test sanitize bench memory host block profile
 #
 # setup     build/gpu-venv with the wheels of .whl/ that are missing and this project; needs no registry. The other
 #           stages run its Python if it exists, else ${PYTHON:-python3}
@@ -14,17 +14,19 @@
 # bench     the table, its record and its plot              BENCH_ARGS    (default: --graph)
 # memory    peak memory only                                MEMORY_ARGS   (default: --shapes triangle-1024)
 # host      what a call costs the host, by layer            HOST_ARGS
+# block     a whole Evoformer block beside its peers        BLOCK_ARGS
 # profile   hardware counters of our kernels (ncu)          PROFILE_ARGS  (default: triangle-512), PROFILE_KERNELS
 #
 # LIMIT_<STAGE> in seconds changes a stage's limit. Results go to ${OUT:-build/out}: session.log, test.xml, bench.json,
-# bench.png, memory.json, host.json, sanitize.log, profile.log. Set DS4SCI_COMMIT where the checkout has no git history.
+# bench.png, memory.json, host.json, block.json, block.png, sanitize.log, profile.log. Set DS4SCI_COMMIT where the
+# checkout has no git history.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 
 out=${OUT:-build/out}
 python=${PYTHON:-python3}
 [[ -z ${PYTHON:-} && -x build/gpu-venv/bin/python ]] && python=$PWD/build/gpu-venv/bin/python
-stages=(setup build report test sanitize bench memory host profile)
+stages=(setup build report test sanitize bench memory host block profile)
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 
@@ -84,6 +86,12 @@ host() {
     "$python" -m tests.benchmarks.host_overhead --json "$out/host.json" "${arguments[@]}"
 }
 
+block() {
+    local arguments=()
+    [[ -n ${BLOCK_ARGS:-} ]] && read -ra arguments <<<"$BLOCK_ARGS"
+    "$python" -m tests.benchmarks.evoformer_block --json "$out/block.json" --plot "$out/block.png" "${arguments[@]}"
+}
+
 profile() {
     local arguments=(triangle-512)
     [[ -n ${PROFILE_ARGS:-} ]] && read -ra arguments <<<"$PROFILE_ARGS"
@@ -103,6 +111,7 @@ limit_of() {
     case $1 in
         setup) echo "${!name:-180}" ;;
         build) echo "${!name:-300}" ;;
+        block) echo "${!name:-240}" ;;
         report | memory | host) echo "${!name:-120}" ;;
         *) echo "${!name:-480}" ;;
     esac

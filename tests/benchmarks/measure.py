@@ -50,6 +50,7 @@ class Result:
         plain["errors"] = {k: rounded(v) if math.isfinite(v) else "not finite" for k, v in self.errors.items()}
         if self.timing is not None:
             plain["timing"] = {name: rounded(value) for name, value in plain["timing"].items()}
+        if self.tflops is not None:
             plain["tflops"] = rounded(self.tflops)
         if self.extra_mib is not None:
             plain["extra_mib"] = rounded(self.extra_mib)
@@ -71,6 +72,18 @@ def failure(error: Exception) -> tuple[str, str]:
     if isinstance(error, torch.OutOfMemoryError):
         return "OOM", "does not fit into the GPU's memory"
     return "failed", first_line(error)
+
+
+def clean_up(device: torch.device) -> str | None:
+    """Frees what a measurement left behind; returns the error of a device that has become useless, else None."""
+    gc.collect()
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            return first_line(error)
+    return None
 
 
 class Bench:
@@ -144,13 +157,7 @@ class Bench:
         return results
 
     def _clean_up(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            try:
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-            except RuntimeError as error:
-                self.fatal = first_line(error)
+        self.fatal = self.fatal or clean_up(self.device)
 
     @staticmethod
     def _runner(call, which: str):

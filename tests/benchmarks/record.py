@@ -46,14 +46,14 @@ def cpu_name() -> str:
     return next(names, platform.machine())
 
 
-def machine(device: torch.device, arguments: list[str]) -> dict[str, str]:
-    """Everything that a figure depends on, as strings."""
+def machine(device: torch.device, arguments: list[str], module: str = "tests.benchmarks") -> dict[str, str]:
+    """Everything that a figure depends on, as strings; `module` is the program that was run."""
     about = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": "python -m tests.benchmarks " + shlex.join(arguments),
+        "command": shlex.join(["python", "-m", module, *arguments]),
     }
     if device.type == "cuda":
         driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")

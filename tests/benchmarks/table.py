@@ -62,7 +62,8 @@ def render(record: dict) -> str:
         timed = baseline is not None and baseline["status"] == "ok"
         label = which + (" graph" if mode == "graph" else "")
         times = [cell(results.get(name), baseline) for name in names]
-        about_ours = [f"{baseline['tflops']:.3g}", spread_of(baseline)] if timed else ["-", "-"]
+        speed = f"{baseline['tflops']:.3g}" if timed and baseline["tflops"] is not None else "-"
+        about_ours = [speed, spread_of(baseline) if timed else "-"]
         rows.append([shape, dtype, label, *times, *about_ours])
     return aligned(rows)
 

@@ -40,7 +40,9 @@ def options_of(text: str) -> dict[str, str]:
 
 
 def _dimensions(case: dict) -> str:
-    """N x L, H, D as the README writes a shape; Lk only where it differs, B only above 1."""
+    """N x L, H, D as the README writes a shape; Lk only where it differs, B only above 1. Of a block: its tables."""
+    if "n_res" in case:
+        return f"MSA {case['n_seq']} x {case['n_res']}" if case["n_seq"] else f"{case['n_res']} x {case['n_res']}"
     length = f"{case['q_len']}" if case["q_len"] == case["k_len"] else f"{case['q_len']}:{case['k_len']}"
     batch = "" if case["batch"] == 1 else f"{case['batch']} x "
     return f"{batch}{case['rows']} x {length}, {case['heads']}, {case['head_dim']}"
@@ -70,8 +72,10 @@ def markdown(record: dict, options: dict[str, str]) -> str:
     if show == "memory":
         lines = {line: results for line, results in lines.items() if line[3] == "eager"}
     unit = f"{' / '.join(passes)}, ms" if show == "time" else "extra MiB"
+    of_blocks = any("n_res" in result["case"] for result in record["results"])
+    shape_form = "block (" if of_blocks else "shape (N x L, H, D; "
     rows = [
-        f"| shape (N x L, H, D; {unit}) | " + " | ".join(columns) + " |",
+        f"| {shape_form}{unit}) | " + " | ".join(columns) + " |",
         "|---" * (1 + len(columns)) + "|",
     ]
     for (name, dimensions, dtype, mode), results in lines.items():
