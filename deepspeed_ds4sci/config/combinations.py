@@ -61,11 +61,6 @@ def _not_there_yet(config):
             config.attention_mask.enabled(),
             "masks are passed in the batch (attention_mask, document ids by position_ids that start again)",
         ),
-        (
-            "activation_checkpointing.cpu_offload",
-            config.activation_checkpointing.cpu_offload,
-            "what checkpointed layers start from stays on the device",
-        ),
     )
 
 

@@ -9,7 +9,7 @@ from deepspeed_ds4sci.sequence.layout import length_multiple
 
 def explain(config: DS4SciConfig, ds_config: dict) -> list[str]:
     """One sentence per decision, then every setting that differs from its default with its meaning."""
-    sentences = [*_sequence_parallel(config, ds_config), *_positions(config)]
+    sentences = [*_sequence_parallel(config, ds_config), *_positions(config), *_checkpointing(config)]
     if not sentences:
         sentences = ["Every feature is at its default: DeepSpeed runs as it is."]
     return [f"- {sentence}" for sentence in sentences] + list(_settings(config, "ds4sci"))
@@ -46,6 +46,22 @@ def _positions(config):
             f"Each of the {config.sequence_parallel.size} GPUs of a sequence holds its part of the learned position "
             "table, of its gradient and of its optimizer state."
         )
+
+
+def _checkpointing(config):
+    block = config.activation_checkpointing
+    if not block.enabled():
+        return
+    every = "Every layer" if block.every_n_layers == 1 else f"One of every {block.every_n_layers} layers"
+    part = {
+        "full": "is computed again in the backward pass; what it starts from is kept",
+        "selective": "computes its attention again in the backward pass; what attention starts from is kept",
+        "keep_attention": "is computed again in the backward pass, but for attention; what it starts from and what "
+        "attention returns are kept",
+    }[block.kind]
+    yield f"{every} {part}."
+    if block.cpu_offload:
+        yield "What layers start from waits in CPU memory and comes back one layer ahead of the backward pass."
 
 
 def _settings(block, path):

@@ -131,14 +131,17 @@ class AttentionMaskConfig(_Block):
 class ActivationCheckpointingConfig(_Block):
     """Recompute activations in the backward pass in place of keeping them."""
 
-    kind: Literal["none", "full", "selective"] = "none"
-    """`full`: whole layers. `selective`: attention only."""
+    kind: Literal["none", "full", "selective", "keep_attention"] = "none"
+    """`full`: whole layers. `selective`: attention only. `keep_attention`: whole layers but for attention itself,
+    whose output stays, as large as what the layer starts from; saves most of the recomputation at length."""
 
     every_n_layers: int = Field(1, ge=1)
     """Checkpoint the first of every n layers."""
 
     cpu_offload: bool = False
-    """Keep what the checkpointed layers start from in CPU memory."""
+    """Keep what the checkpointed layers start from in CPU memory, page-locked where there is a GPU: in bytes, per
+    rank, 2 (bf16) x tokens of the rank x hidden size x checkpointed layers. What `keep_attention` keeps stays on the
+    device."""
 
     def enabled(self) -> bool:
         return self.kind != "none"

@@ -19,6 +19,11 @@ FIVE_CLIPPED_STEPS = {**ADAMW, "clipping": 0.3, "steps": 5, "variant": "adamw-cl
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 GRID = {"ulysses": 2, "ring": 2}
 
+
+def recomputed(kind, cpu_offload=False):
+    return {"activation_checkpointing": {"kind": kind, "cpu_offload": cpu_offload}}
+
+
 TWO_RANKS = [
     *(
         Case(model, stage=stage, mode="ulysses" if (stage + index) % 2 else "ring", accumulation=1 + (stage // 2))
@@ -55,6 +60,10 @@ TWO_RANKS = [
         features={"activation_checkpointing": {"kind": "full", "every_n_layers": 2}},
     ),
     Case("esm", stage=1, variant="recomputed", features={"activation_checkpointing": {"kind": "selective"}}),
+    Case("llama", mode="ring", stage=3, variant="kept-attention", features=recomputed("keep_attention", True)),
+    Case("genslm-rotary", mode="ulysses", stage=1, variant="kept-attention", features=recomputed("keep_attention")),
+    Case("genslm-alibi", mode="ring", stage=2, accumulation=2, variant="waiting", features=recomputed("full", True)),
+    Case("gpt2", stage=3, sharded_table=True, variant="waiting", features=recomputed("full", True)),
     Case("gpt2", sharded_table=True, stage=0, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=2, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=3, **FIVE_CLIPPED_STEPS),

@@ -97,11 +97,6 @@ def with_parallel(**others):
         ),
         (block(attention={"sliding_window": 4}), NotImplementedError, "attention without sequence_parallel"),
         (block(attention_mask={"kind": "custom"}), NotImplementedError, "attention_mask.kind = custom"),
-        (
-            block(activation_checkpointing={"kind": "full", "cpu_offload": True}),
-            NotImplementedError,
-            r"activation_checkpointing\.cpu_offload",
-        ),
         (with_parallel(sequence_parallel_size=2), ValueError, "sequence_parallel_size and ds4sci"),
         (with_parallel(tensor_parallel={"autotp_size": 2}), NotImplementedError, "tensor_parallel.autotp_size"),
         (with_parallel(gradient_allreduce_op="sum"), NotImplementedError, "gradient_allreduce_op = sum"),
@@ -203,6 +198,24 @@ def test_check_explains_in_plain_words(tmp_path, capsys):
         "ds4sci.sequence_parallel.padding = 'refuse' (default 'pad'): What happens to a batch",
     ):
         assert words in out
+
+
+@pytest.mark.parametrize(
+    "features, words",
+    [
+        (
+            {"activation_checkpointing": {"kind": "keep_attention", "every_n_layers": 2, "cpu_offload": True}},
+            (
+                "One of every 2 layers is computed again in the backward pass, but for attention; what it starts from",
+                "waits in CPU memory and comes back one layer ahead",
+            ),
+        ),
+    ],
+)
+def test_check_explains_each_feature(tmp_path, capsys, features, words):
+    assert main(["check", write(tmp_path / "ds.json", json.dumps(block(**features)))]) == 0
+    out = capsys.readouterr().out
+    assert all(each in out for each in words), out
 
 
 @pytest.mark.parametrize(
