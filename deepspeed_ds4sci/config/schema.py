@@ -106,7 +106,7 @@ class AttentionConfig(_Block):
     )
     """`flash` (FlashAttention-2), `cudnn`, `efficient` and `math` are PyTorch's scaled-dot-product kernels, `flex` its
     compiled one, `flash_attn` the package of that name, `tiled` our own in plain PyTorch. `fastest`: the fastest that
-    takes the inputs."""
+    takes the inputs. `flash` and `cudnn` take no masks, windows or ALiBi, `flash_attn` no masks."""
 
     sliding_window: int = Field(0, ge=0)
     """Tokens that each token attends to, itself included. 0: no window."""
@@ -119,13 +119,30 @@ class AttentionMaskConfig(_Block):
     """Explicit attention masks, built where they fit."""
 
     kind: Literal["none", "causal", "document", "custom"] = "none"
-    """Which mask to build. `none`: the attention implementation masks by itself."""
+    """Which mask to build for each batch. `none`: the attention implementation masks by itself. `causal`: no key after
+    the query. `document`: each token sees its own document, which the batch tells by position_ids that start again
+    (GenSLM: document_ids). `custom`: the `rule`, or the attention_mask of the batch, [B|1, H|1, S, S] (it may be in
+    CPU memory) or a function like the rule. All but a [.., S, S] mask for a model of transformers, which says
+    everything, hold together with padding, and with causality where the model has it."""
 
     cpu_threshold: int = Field(16384, ge=1)
-    """Sequence length in tokens above which the mask is built in CPU memory and moved once."""
+    """Sequence length in tokens above which the mask is built in CPU memory and moved once. `python -m
+    deepspeed_ds4sci.sequence.mask_threshold FILE` measures the best one of a GPU and writes it into a config."""
+
+    rule: str = ""
+    """With `custom`: "module:function" of a function (batch, head, query, key) -> bool, True = keep, of index tensors
+    that broadcast against each other, on the device where the mask is built. Empty: the batch has the mask."""
 
     def enabled(self) -> bool:
         return self.kind != "none"
+
+    @model_validator(mode="after")
+    def _a_rule_is_custom(self):
+        if self.rule and self.kind != "custom":
+            raise ValueError(f'rule needs kind "custom", got {self.kind!r}')
+        if self.rule and not all(self.rule.partition(":")):
+            raise ValueError(f'rule must be "module:function", got {self.rule!r}')
+        return self
 
 
 class ActivationCheckpointingConfig(_Block):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models whose sequences can be split, and what each family needs beyond sharded inputs.
+"""The models that a block works with, and what each family needs beyond sharded inputs.
 
 None of their code is edited: attention goes through transformers' own table of attention functions, the rest through
 module hooks. A model class that is not listed is refused by name; it may pool, generate or compute a loss in ways
@@ -7,12 +7,13 @@ that are wrong on a part of the sequence.
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from deepspeed_ds4sci.models.genslm import shift_labels
+from deepspeed_ds4sci.sequence.inputs import ShardedBatch
 
 ATTENTION_NAME = "ds4sci"
 
@@ -25,6 +26,10 @@ class Family:
     attention: class name of the modules that call the attention function; layer: of the repeated blocks.
     classes: class names of the models that may be split.
     position_table: attribute of the base model that is its learned position table, if it has one.
+    rotary: attribute of the base model that makes its rotary angles, if it has one.
+    mask_says_all: a 4-D attention mask in the batch takes the place of causality, documents and padding; else all of
+        them hold together.
+    documents_from: the argument that tells documents apart.
     """
 
     name: str
@@ -33,6 +38,9 @@ class Family:
     layer: str
     classes: tuple[str, ...]
     position_table: str | None = None
+    rotary: str | None = None
+    mask_says_all: bool = True
+    documents_from: str = "position_ids"
 
     def attention_modules(self, model: nn.Module) -> list[nn.Module]:
         """The modules that attend."""
@@ -42,8 +50,16 @@ class Family:
         """The repeated blocks, in order."""
         return [module for module in model.modules() if type(module).__name__ == self.layer]
 
+    def heads(self, model: nn.Module) -> int:
+        """Query heads of a layer."""
+        return model.config.num_attention_heads
+
+    def window(self, model: nn.Module, state) -> int | None:
+        """The sliding window of the model's attention in tokens."""
+        return state.window or None
+
     def base(self, model: nn.Module) -> nn.Module:
-        """The module whose attribute `position_table` is."""
+        """The module whose attributes `position_table` and `rotary` are."""
         return model.base_model
 
     def is_causal(self, model: nn.Module) -> bool:
@@ -51,19 +67,37 @@ class Family:
 
     def shard(self, model: nn.Module, state, arguments: dict) -> dict:
         """This rank's part of the arguments; `state.batch` gets what goes with it."""
-        # transformers reads documents off the position ids of a causal model, unless it keeps a cache.
+        mask = arguments.get("attention_mask")
+        if not (mask is None or isinstance(mask, torch.Tensor)):
+            raise ValueError(
+                f'an attention_mask that is a function needs ds4sci.attention_mask.kind = "custom" for '
+                f"{type(model).__name__}"
+            )
+        # transformers reads documents off the position ids of a causal model without a mask, unless it keeps a cache.
         caches = arguments.get("use_cache", getattr(model.config, "use_cache", False))
-        local, state.batch = state.sharder.shard(arguments, packed=self.causal and not caches)
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            local["use_cache"] = False
-        return local
+        packed = self.causal and not caches and mask is None
+        asked = state.masks is not None and state.masks.kind == "document"
+        local, state.batch = state.sharder.shard(arguments, packed=packed or asked)
+        return _without_cache(model, local)
+
+    def read(self, model: nn.Module, state, arguments: dict) -> dict:
+        """Where one rank has the whole sequence: the arguments for the model; `state.batch` gets what `shard` would
+        give it, so that the attention of `state` does what the model's own would."""
+        self.shard(model, state, arguments)
+        return _without_cache(model, arguments)
 
     def loss(self, state, output, training: bool) -> torch.Tensor:
         """The global mean loss of a batch with labels."""
         return state.loss(output["logits"], training)
 
     def prepare(self, model: nn.Module, state) -> None:
-        """Points the model's attention at `state`. Raises NotImplementedError for a variant that cannot be split."""
+        """Points a model whose sequences are split at `state`. Raises NotImplementedError for a variant that cannot
+        be split."""
+        self.attach(model, state)
+
+    def attach(self, model: nn.Module, state) -> None:
+        """Points the model's attention at `state`. Raises NotImplementedError for a variant whose attention differs
+        from that of `state`."""
         register_attention()
         for module in self.attention_modules(model):
             module.ds4sci_sequence = state
@@ -71,16 +105,16 @@ class Family:
 
 
 class GPT2Family(Family):
-    def prepare(self, model, state):
+    def attach(self, model, state):
         if model.config.add_cross_attention:
             raise NotImplementedError("GPT-2 with cross-attention cannot be split over the sequence")
-        super().prepare(model, state)
+        super().attach(model, state)
 
 
 class EsmFamily(Family):
     """ESM-2 scales the embeddings of a sequence by its share of masked tokens: the share of the whole sequence."""
 
-    def prepare(self, model, state):
+    def attach(self, model, state):
         if model.config.position_embedding_type != "rotary":
             raise NotImplementedError(
                 "ESM with position_embedding_type other than rotary (ESM-1) cannot be split over the sequence, got "
@@ -88,6 +122,9 @@ class EsmFamily(Family):
             )
         if model.config.is_decoder:
             raise NotImplementedError("ESM as a decoder cannot be split over the sequence")
+        super().attach(model, state)
+
+    def prepare(self, model, state):
         if getattr(model, "pooler", None) is not None:
             raise NotImplementedError(
                 "EsmModel with a pooling layer cannot be split: it pools the first token of each part; build it with "
@@ -104,30 +141,34 @@ class GenSLMFamily(Family):
     def base(self, model):
         return model
 
+    def heads(self, model):
+        return model.config.num_heads
+
+    def window(self, model, state):
+        return model.config.window
+
     def is_causal(self, model):
         return model.config.causal
 
     def prepare(self, model, state):
-        if state.window:
-            raise NotImplementedError(
-                "ds4sci.attention.sliding_window is the field `window` of GenSLMConfig; set it there, where the model "
-                "is built"
-            )
-        original = model.attention, model.loss_reduction
-        model.attention = state.attention
+        self.attach(model, state)
+        original = model.loss_reduction
         model.loss_reduction = lambda loss_sum, count: state.mean_loss(loss_sum, count, _trains(model))
+        state.handles.append(_OnRemoval(lambda: setattr(model, "loss_reduction", original)))
+
+    def attach(self, model, state):
+        original = model.attention, model.config
+        model.attention = _BatchAttention(state)
+        if state.window:
+            model.config = replace(model.config, window=state.window)
 
         def undo():
-            model.attention, model.loss_reduction = original
+            model.attention, model.config = original
 
         state.handles.append(_OnRemoval(undo))
 
     def shard(self, model, state, arguments):
-        tokens, mask = arguments["input_ids"], arguments.get("attention_mask")
-        documents = arguments.get("document_ids")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            documents = torch.zeros_like(tokens) if documents is None else documents
-            documents, mask = documents.masked_fill(mask == 0, -1), None
+        mask, documents = self._masks(arguments)
         given = {name: arguments[name] for name in ("input_ids", "position_ids") if name in arguments}
         shifted = arguments.get("shift_labels")
         if "labels" in arguments:
@@ -137,16 +178,49 @@ class GenSLMFamily(Family):
             given["shift_labels"] = shifted
         if isinstance(mask, torch.Tensor):
             given["attention_mask"] = mask
-        local, state.batch = state.sharder.shard(given)
-        padding = state.batch.layout.seq_len - state.batch.seq_len
+        local, batch = state.sharder.shard(given)
+        padding = batch.layout.seq_len - batch.seq_len
         if padding and (documents is not None or not model.config.causal):
-            documents = torch.zeros_like(tokens) if documents is None else documents
+            documents = torch.zeros_like(arguments["input_ids"]) if documents is None else documents
             documents = torch.nn.functional.pad(documents, (0, padding), value=-1)
-        rows = state.batch.mask if isinstance(mask, torch.Tensor) else mask
-        return {**local, "shift_labels": state.batch.labels, "document_ids": documents, "attention_mask": rows}
+        state.batch = replace(batch, document_ids=documents)
+        rows = batch.mask if isinstance(mask, torch.Tensor) else mask
+        return {**local, "shift_labels": batch.labels, "document_ids": documents, "attention_mask": rows}
+
+    def read(self, model, state, arguments):
+        _, documents = self._masks(arguments)
+        layout = state.sharder.layout(arguments["input_ids"].shape[1])
+        state.batch = ShardedBatch(layout, layout.seq_len, arguments["input_ids"].shape[0], document_ids=documents)
+        return arguments
+
+    def _masks(self, arguments):
+        """(custom mask or None, [B, S] document ids with padding as -1 or None)."""
+        mask, documents = arguments.get("attention_mask"), arguments.get("document_ids")
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return mask, documents
+        documents = torch.zeros_like(arguments["input_ids"]) if documents is None else documents
+        return None, documents.masked_fill(mask == 0, -1)
 
     def loss(self, state, output, training):
         return output["loss"]
+
+
+class _BatchAttention:
+    """The attention of `state`, as GenSLM takes it: what the model says holds, unless the batch has a mask that was
+    built for it."""
+
+    def __init__(self, state):
+        self.state = state
+        self.size, self.positions = state.attention.size, state.attention.positions
+
+    def __call__(self, q, k, v, **arguments):
+        return self.state.attention(q, k, v, **{**arguments, **self.state.built_mask()})
+
+
+def _without_cache(model, arguments):
+    """No key/value cache: recomputation would add to it, and it holds the keys of all layers."""
+    caches = "use_cache" in inspect.signature(model.forward).parameters
+    return {**arguments, "use_cache": False} if caches else arguments
 
 
 def _trains(model):
@@ -203,11 +277,32 @@ class _OnRemoval:
 
 
 FAMILIES = (
-    Family("gpt_neox", True, "GPTNeoXAttention", "GPTNeoXLayer", ("GPTNeoXForCausalLM", "GPTNeoXModel")),
+    Family(
+        "gpt_neox",
+        True,
+        "GPTNeoXAttention",
+        "GPTNeoXLayer",
+        ("GPTNeoXForCausalLM", "GPTNeoXModel"),
+        rotary="rotary_emb",
+    ),
     GPT2Family("gpt2", True, "GPT2Attention", "GPT2Block", ("GPT2LMHeadModel", "GPT2Model"), "wpe"),
-    Family("llama", True, "LlamaAttention", "LlamaDecoderLayer", ("LlamaForCausalLM", "LlamaModel")),
-    GenSLMFamily("genslm", True, "GenSLMLayer", "GenSLMLayer", ("GenSLM",), "position_embedding"),
-    EsmFamily("esm", False, "EsmSelfAttention", "EsmLayer", ("EsmForMaskedLM", "EsmModel")),
+    Family(
+        "llama", True, "LlamaAttention", "LlamaDecoderLayer", ("LlamaForCausalLM", "LlamaModel"), rotary="rotary_emb"
+    ),
+    GenSLMFamily(
+        "genslm",
+        True,
+        "GenSLMLayer",
+        "GenSLMLayer",
+        ("GenSLM",),
+        "position_embedding",
+        "rotary",
+        mask_says_all=False,
+        documents_from="document_ids",
+    ),
+    EsmFamily(
+        "esm", False, "EsmSelfAttention", "EsmLayer", ("EsmForMaskedLM", "EsmModel"), rotary="rotary_embeddings"
+    ),
 )
 
 
@@ -222,7 +317,19 @@ def family_of(model: nn.Module) -> Family:
         if name in family.classes:
             return family
     known = ", ".join(each for family in FAMILIES for each in family.classes)
-    raise NotImplementedError(f"sequences of {name} cannot be split over GPUs; models that can: {known}")
+    raise NotImplementedError(
+        f"sequences of {name} cannot be split over GPUs, nor can its layers be changed; models that can: {known}"
+    )
+
+
+def bound_arguments(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a call of model.forward by name, without those that are None."""
+    signature = inspect.signature(model.forward)
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return {name: value for name, value in bound.items() if value is not None}
 
 
 def register_attention() -> None:

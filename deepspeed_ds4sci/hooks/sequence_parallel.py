@@ -2,18 +2,16 @@
 """The hook of `ds4sci.sequence_parallel`: groups, sharded inputs, one loss, whole outputs, batches taken in turn."""
 
 import functools
-import inspect
 import logging
 
 import torch
 
 from deepspeed_ds4sci.hooks.context import Change
-from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.families import bound_arguments, family_of
 from deepspeed_ds4sci.hooks.random_checkpoint import RandomCheckpoint
-from deepspeed_ds4sci.hooks.sequence_state import RankRandom, SequenceState
-from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
+from deepspeed_ds4sci.hooks.sequence_state import RankRandom, detach, new_state
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
-from deepspeed_ds4sci.sequence.inputs import InputSharder, all_batches, same_batch
+from deepspeed_ds4sci.sequence.inputs import all_batches, same_batch
 
 logger = logging.getLogger(__name__)
 
@@ -39,25 +37,9 @@ class SequenceParallelHook:
         family = family_of(model)
         groups = context.groups = sequence_groups(block.size)
         context.mpu = SequenceParallelMPU(groups)
-        _detach(model)
-        attention = context.config.attention
-        implementation = "auto" if attention.implementation == "fastest" else attention.implementation
-        pad_token_id = getattr(model.config, "pad_token_id", None)
-        state = context.sequence = SequenceState(
-            groups=groups,
-            attention=SequenceParallelAttention(groups.sp_group, block.layout_mode(), implementation=implementation),
-            sharder=InputSharder(
-                size=block.size,
-                mode=block.layout_mode(),
-                rank=groups.sp_rank,
-                padding=block.padding,
-                causal=family.is_causal(model),
-                pad_token_id=pad_token_id or 0,
-            ),
-            zero_stage=context.zero_stage,
-            window=attention.sliding_window,
-            random=RankRandom(groups.sp_rank),
-        )
+        detach(model)
+        state = context.sequence = new_state(model, context, groups)
+        state.random = RankRandom(groups.sp_rank)
         modules = family.attention_modules(model)
         family.prepare(model, state)
         model.ds4sci_sequence = state
@@ -79,24 +61,13 @@ class SequenceParallelHook:
         engine.forward = functools.partial(_forward_in_turn, engine, engine.forward)
 
 
-def _detach(model):
-    """Undoes an earlier engine's hooks on the same model."""
-    state = getattr(model, "ds4sci_sequence", None)
-    for handle in () if state is None else state.handles:
-        handle.remove()
-
-
 def named_arguments(model, args, kwargs) -> dict:
-    """The arguments of model.forward by name, without those that are None.
+    """See `families.bound_arguments`.
 
     Raises:
         NotImplementedError: an argument that cannot be split over the sequence.
     """
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))
-    arguments = {name: value for name, value in bound.items() if value is not None}
+    arguments = bound_arguments(model, args, kwargs)
     for name, value in arguments.items():
         if name in _SHARDED or name in _HARMLESS or value is False:
             continue
@@ -117,7 +88,7 @@ def _shard_inputs(family, state, model, args, kwargs):
             f"the {state.groups.sp_size} ranks of a sequence group called the model with different batches; call the "
             "engine, which takes them in turn, or give all ranks of a group the same batch"
         )
-    local = family.shard(model, state, arguments)
+    local = state.with_masks(arguments, lambda: family.shard(model, state, arguments))
     state.random.enter()
     return (), local
 

@@ -45,6 +45,8 @@ def test_no_block_is_none_and_an_empty_block_asks_for_nothing():
         ({"attention_mask": {"kind": "block"}}, r"ds4sci\.attention_mask\.kind: .*'document'.*got 'block'"),
         ({"position_embedding": {"sharded": True}}, r'sharded needs kind "learned", got \'model\''),
         ({"activation_checkpointing": {"cpu_offload": True}}, r"have no effect with kind"),
+        ({"attention_mask": {"kind": "causal", "rule": "a:b"}}, r'rule needs kind "custom", got \'causal\''),
+        ({"attention_mask": {"kind": "custom", "rule": "a.b"}}, r'rule must be "module:function", got \'a\.b\''),
     ],
 )
 def test_refuses_with_the_dotted_path(features, message):
@@ -95,8 +97,6 @@ def with_parallel(**others):
             ValueError,
             r"sharded needs ds4sci\.sequence_parallel\.size of at least 2",
         ),
-        (block(attention={"sliding_window": 4}), NotImplementedError, "attention without sequence_parallel"),
-        (block(attention_mask={"kind": "custom"}), NotImplementedError, "attention_mask.kind = custom"),
         (with_parallel(sequence_parallel_size=2), ValueError, "sequence_parallel_size and ds4sci"),
         (with_parallel(tensor_parallel={"autotp_size": 2}), NotImplementedError, "tensor_parallel.autotp_size"),
         (with_parallel(gradient_allreduce_op="sum"), NotImplementedError, "gradient_allreduce_op = sum"),
@@ -204,6 +204,22 @@ def test_check_explains_in_plain_words(tmp_path, capsys):
     "features, words",
     [
         (
+            {"attention": {"implementation": "flash", "sliding_window": 9}},
+            ('Attention is computed by "flash" or, where that cannot be, refused.', "attends to 9 tokens, itself"),
+        ),
+        (
+            {"attention_mask": {"kind": "document"}, "sequence_parallel": {"size": 4, "mode": "ring"}},
+            (
+                "under a mask of documents, built for each batch: on the device up to 16384 tokens, above in CPU",
+                "Each GPU holds one of every 4 rows of it.",
+            ),
+        ),
+        (
+            {"attention_mask": {"kind": "custom", "rule": "a:b"}, "sequence_parallel": {"size": 4}},
+            ("under the mask of a:b", "Each GPU holds all rows of it."),
+        ),
+        ({"attention_mask": {"cpu_threshold": 4096}}, ("attention_mask.cpu_threshold has no effect",)),
+        (
             {"activation_checkpointing": {"kind": "keep_attention", "every_n_layers": 2, "cpu_offload": True}},
             (
                 "One of every 2 layers is computed again in the backward pass, but for attention; what it starts from",
@@ -225,7 +241,7 @@ def test_check_explains_each_feature(tmp_path, capsys, features, words):
         ("[1]", "must hold one JSON object, got list"),
         ('{"ds4sci": {}, "ds4sci": {}}', "gives the key 'ds4sci' twice"),
         ('{"ds4sci": {"tiling": {"mpl": 1}}}', "ds4sci.tiling.mpl: unknown key"),
-        ('{"ds4sci": {"attention_mask": {"kind": "causal"}}}', "attention_mask.kind = causal is not supported"),
+        ('{"ds4sci": {"position_embedding": {"kind": "alibi"}}}', "position_embedding.kind = alibi is not supported"),
         ('{"ds4sc": {}}', "misspelt 'ds4sci'"),
     ],
 )
