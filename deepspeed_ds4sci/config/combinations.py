@@ -31,7 +31,6 @@ def check_combinations(config: DS4SciConfig, ds_config: dict) -> None:
 def _not_there_yet(config):
     """(dotted key, whether it is asked for, reason) of everything the schema knows and this version lacks."""
     parallel, position = config.sequence_parallel, config.position_embedding
-    in_model = "choose it where the model is built (the configuration of the model)"
     return (
         (
             "sequence_parallel.mode = megatron",
@@ -39,8 +38,6 @@ def _not_there_yet(config):
             "splitting activations between tensor-parallel blocks needs tensor parallelism, which does not go with "
             'this block; use "ulysses" or "ring"',
         ),
-        (f"position_embedding.kind = {position.kind}", position.kind in ("rotary", "alibi"), in_model),
-        ("position_embedding.scaling", position.scaling.enabled(), in_model),
         (
             "position_embedding.kind = learned without sharded",
             position.kind == "learned" and not position.sharded,

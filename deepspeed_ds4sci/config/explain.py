@@ -52,6 +52,12 @@ def _positions(config):
             f"Each of the {config.sequence_parallel.size} GPUs of a sequence holds its part of the learned position "
             "table, of its gradient and of its optimizer state."
         )
+    kind, scaling = config.position_embedding.kind, config.position_embedding.scaling
+    if kind in ("rotary", "alibi"):
+        name = {"rotary": "rotary positions", "alibi": "ALiBi, a penalty that grows with distance,"}[kind]
+        yield f"The model gets {name} in place of those it was built with."
+    if scaling.enabled():
+        yield f"Rotary angles are scaled ({scaling.kind}) for {scaling.factor:g} times the length trained on."
 
 
 def _attention(config):

@@ -68,25 +68,41 @@ class PositionScalingConfig(_Block):
     """Rotary positions beyond the length trained on."""
 
     kind: Literal["none", "linear", "ntk", "yarn"] = "none"
-    """The scaling of rotary angles."""
+    """The scaling of rotary angles. `linear`: all of them divided by the factor. `ntk`: a larger base, so that the
+    fastest stay. `yarn`: slow angles divided, fast ones kept, a ramp between, and sharper attention."""
 
     factor: float = Field(1.0, ge=1.0)
     """Context length divided by the length the model was trained on."""
 
+    original_length: int = Field(0, ge=0)
+    """With `yarn`: tokens that the model was trained on. 0: the positions of the model's configuration."""
+
     def enabled(self) -> bool:
         return self.kind != "none"
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self):
+        if self.kind == "none" and (self.factor != 1.0 or self.original_length):
+            raise ValueError('factor and original_length have no effect with kind "none"')
+        if self.kind != "none" and self.factor == 1.0:
+            raise ValueError(f'a factor of 1 has no effect with kind "{self.kind}"')
+        if self.original_length and self.kind != "yarn":
+            raise ValueError(f'original_length has an effect with kind "yarn" only, got {self.kind!r}')
+        return self
 
 
 class PositionEmbeddingConfig(_Block):
     """What tells the model where a token is."""
 
     kind: Literal["model", "learned", "rotary", "alibi"] = "model"
-    """`model`: what the model was built with. `learned`: its learned table. `rotary`, `alibi`: in place of it."""
+    """`model`: what the model was built with. `learned`: its learned table. `rotary`, `alibi`: in place of what it was
+    built with; a learned table is then no part of the model."""
 
     sharded: bool = False
     """With `learned`: each GPU of a sequence group holds its part of the table, its gradient and optimizer state."""
 
     scaling: PositionScalingConfig = PositionScalingConfig()
+    """Of a rotary model, or with `rotary`."""
 
     def enabled(self) -> bool:
         return self.kind != "model" or self.sharded or self.scaling.enabled()
@@ -95,6 +111,8 @@ class PositionEmbeddingConfig(_Block):
     def _only_a_table_is_sharded(self):
         if self.sharded and self.kind != "learned":
             raise ValueError(f'sharded needs kind "learned", got {self.kind!r}')
+        if self.scaling.enabled() and self.kind not in ("model", "rotary"):
+            raise ValueError(f"scaling needs rotary positions, got {self.kind!r}")
         return self
 
 

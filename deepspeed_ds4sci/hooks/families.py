@@ -157,13 +157,13 @@ class GenSLMFamily(Family):
         state.handles.append(_OnRemoval(lambda: setattr(model, "loss_reduction", original)))
 
     def attach(self, model, state):
-        original = model.attention, model.config
+        attention, window = model.attention, model.config.window
         model.attention = _BatchAttention(state)
         if state.window:
             model.config = replace(model.config, window=state.window)
 
         def undo():
-            model.attention, model.config = original
+            model.attention, model.config = attention, replace(model.config, window=window)
 
         state.handles.append(_OnRemoval(undo))
 

@@ -87,7 +87,7 @@ class SequenceState:
     masks: Any = None
     """`hooks.attention_mask.MaskBuilder`, where masks are built for each batch."""
     slopes: torch.Tensor | None = None
-    """[H] fp32 on the CPU: attention adds ALiBi's biases to the scores of a model that has none."""
+    """[H] fp32: attention adds ALiBi's biases to the scores of a model that has none."""
     rotary: RotaryEmbedding | None = None
     """Attention rotates queries and keys of a model that does not."""
     checked: bool = False
@@ -104,6 +104,8 @@ class SequenceState:
         batch = self.batch
         if self.rotary is not None:
             q, k = (apply_rotary(x, *self._angles(accumulation_dtype(q))) for x in (q, k))
+        if self.slopes is not None and self.slopes.device != q.device:
+            self.slopes = self.slopes.to(q.device)  # once, for all layers and steps
         masks = dict(
             # A script's own 4-D mask says everything about who sees whom, as in transformers.
             causal=self.sharder.causal and batch.mask is None,

@@ -28,6 +28,11 @@ def mask(kind, **others):
     return {"attention_mask": {"kind": kind, "cpu_threshold": 8, **others}}
 
 
+def positions(kind="model", scaling=None):
+    return {"position_embedding": {"kind": kind, **({"scaling": scaling} if scaling else {})}}
+
+
+YARN = {"kind": "yarn", "factor": 4.0, "original_length": 4}
 RULE = "tests.helpers.mask_rules:strided_by_head"
 # One rank has whole sequences: what a block changes besides.
 ONE_RANK = [
@@ -36,6 +41,9 @@ ONE_RANK = [
     Case("esm", size=1, stage=2, features=mask("custom", rule=RULE)),
     Case("genslm-rotary", size=1, stage=1, variant="documents", features=mask("document")),
     Case("gpt_neox", size=1, stage=1, variant="window", features={"attention": {"sliding_window": 5}}),
+    Case("gpt2", size=1, stage=2, variant="to-alibi", features=positions("alibi")),
+    Case("gpt2", size=1, stage=1, variant="to-rotary", features=positions("rotary")),
+    Case("llama", size=1, stage=3, variant="yarn", features=positions(scaling=YARN)),
     Case(
         "llama",
         size=1,
@@ -95,6 +103,15 @@ TWO_RANKS = [
     Case("genslm-alibi", mode="ring", stage=1, seq_len=13, variant="documents", features=mask("document")),
     Case("llama", mode="ring", stage=2, seq_len=13, variant="window", features={"attention": {"sliding_window": 5}}),
     Case("genslm-rotary", seq_len=13, variant="window", features={"attention": {"sliding_window": 5}}),
+    Case("gpt2", mode="ring", stage=2, seq_len=13, variant="to-alibi", features=positions("alibi")),
+    Case("gpt2", stage=3, seq_len=13, variant="to-rotary", features=positions("rotary")),
+    Case("llama", stage=1, variant="to-alibi", features=positions("alibi")),
+    Case("esm", mode="ring", stage=1, seq_len=13, variant="to-alibi", features=positions("alibi")),
+    Case("llama", mode="ring", stage=3, variant="yarn", features=positions(scaling=YARN)),
+    Case("gpt_neox", variant="linear", features=positions(scaling={"kind": "linear", "factor": 4.0})),
+    Case("esm", stage=2, variant="ntk", features=positions(scaling={"kind": "ntk", "factor": 4.0})),
+    Case("genslm-learned", mode="ring", seq_len=13, stage=2, variant="to-alibi", features=positions("alibi")),
+    Case("genslm-learned", stage=3, variant="to-ntk", features=positions("rotary", {"kind": "ntk", "factor": 2.0})),
     Case("gpt2", sharded_table=True, stage=0, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=2, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=3, **FIVE_CLIPPED_STEPS),
@@ -115,6 +132,8 @@ FOUR_RANKS = [
     Case("gpt2", size=4, mode=GRID, stage=3, sharded_table=True, seq_len=18, variant="odd-length"),
     Case("gpt2", size=4, mode=GRID, stage=1, seq_len=19, features=mask("custom", rule=RULE)),
     Case("genslm-rotary", size=4, mode=GRID, stage=2, seq_len=19, variant="documents", features=mask("document")),
+    Case("gpt2", size=4, mode=GRID, stage=3, seq_len=19, variant="to-alibi", features=positions("alibi")),
+    Case("genslm-rotary", size=4, mode=GRID, stage=1, variant="yarn", features=positions(scaling=YARN)),
     Case("gpt2", size=2, stage=2, sharded_table=True, **FIVE_CLIPPED_STEPS),
 ]
 

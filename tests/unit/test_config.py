@@ -44,6 +44,19 @@ def test_no_block_is_none_and_an_empty_block_asks_for_nothing():
         ),
         ({"attention_mask": {"kind": "block"}}, r"ds4sci\.attention_mask\.kind: .*'document'.*got 'block'"),
         ({"position_embedding": {"sharded": True}}, r'sharded needs kind "learned", got \'model\''),
+        ({"position_embedding": {"scaling": {"factor": 2.0}}}, r'scaling: factor .* no effect with kind "none"'),
+        (
+            {"position_embedding": {"scaling": {"kind": "ntk"}}},
+            r'scaling: a factor of 1 has no effect .*"ntk"',
+        ),
+        (
+            {"position_embedding": {"scaling": {"kind": "ntk", "factor": 2.0, "original_length": 9}}},
+            r'original_length has an effect with kind "yarn" only',
+        ),
+        (
+            {"position_embedding": {"kind": "alibi", "scaling": {"kind": "ntk", "factor": 2.0}}},
+            r"position_embedding: scaling needs rotary positions, got 'alibi'",
+        ),
         ({"activation_checkpointing": {"cpu_offload": True}}, r"have no effect with kind"),
         ({"attention_mask": {"kind": "causal", "rule": "a:b"}}, r'rule needs kind "custom", got \'causal\''),
         ({"attention_mask": {"kind": "custom", "rule": "a.b"}}, r'rule must be "module:function", got \'a\.b\''),
@@ -84,13 +97,6 @@ def with_parallel(**others):
     "ds_config, error, message",
     [
         (block(sequence_parallel={"size": 2, "mode": "megatron"}), NotImplementedError, "mode = megatron .*tensor"),
-        (block(position_embedding={"kind": "alibi"}), NotImplementedError, "position_embedding.kind = alibi"),
-        (block(position_embedding={"kind": "rotary"}), NotImplementedError, "position_embedding.kind = rotary"),
-        (
-            block(position_embedding={"scaling": {"kind": "yarn", "factor": 4}}),
-            NotImplementedError,
-            r"position_embedding\.scaling",
-        ),
         (block(position_embedding={"kind": "learned"}), NotImplementedError, "learned without sharded"),
         (
             block(position_embedding={"kind": "learned", "sharded": True}),
@@ -218,6 +224,14 @@ def test_check_explains_in_plain_words(tmp_path, capsys):
             {"attention_mask": {"kind": "custom", "rule": "a:b"}, "sequence_parallel": {"size": 4}},
             ("under the mask of a:b", "Each GPU holds all rows of it."),
         ),
+        (
+            {"position_embedding": {"kind": "alibi"}},
+            ("The model gets ALiBi, a penalty that grows with distance, in place of those it was built with.",),
+        ),
+        (
+            {"position_embedding": {"scaling": {"kind": "yarn", "factor": 4.0}}},
+            ("Rotary angles are scaled (yarn) for 4 times the length trained on.",),
+        ),
         ({"attention_mask": {"cpu_threshold": 4096}}, ("attention_mask.cpu_threshold has no effect",)),
         (
             {"activation_checkpointing": {"kind": "keep_attention", "every_n_layers": 2, "cpu_offload": True}},
@@ -241,7 +255,7 @@ def test_check_explains_each_feature(tmp_path, capsys, features, words):
         ("[1]", "must hold one JSON object, got list"),
         ('{"ds4sci": {}, "ds4sci": {}}', "gives the key 'ds4sci' twice"),
         ('{"ds4sci": {"tiling": {"mpl": 1}}}', "ds4sci.tiling.mpl: unknown key"),
-        ('{"ds4sci": {"position_embedding": {"kind": "alibi"}}}', "position_embedding.kind = alibi is not supported"),
+        ('{"ds4sci": {"position_embedding": {"kind": "learned"}}}', "learned without sharded is not supported"),
         ('{"ds4sc": {}}', "misspelt 'ds4sci'"),
     ],
 )
