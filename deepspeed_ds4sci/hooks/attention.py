@@ -8,7 +8,8 @@ sequences that one rank has whole.
 import functools
 
 from deepspeed_ds4sci.hooks.context import Change
-from deepspeed_ds4sci.hooks.families import bound_arguments, family_of
+from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.family import bound_arguments
 from deepspeed_ds4sci.hooks.sequence_state import SequenceState, detach, new_state
 from deepspeed_ds4sci.sequence.local_attention import unavailable_reason
 

@@ -24,6 +24,10 @@ class AttentionMaskHook:
 
     def before_engine(self, model, context):
         block, family = context.config.attention_mask, family_of(model)
+        if family.documents_from not in family.others:
+            raise NotImplementedError(
+                f"ds4sci.attention_mask does not go with {type(model).__name__}, whose batches have no masks"
+            )
         state = attention_state(model, context)
         if block.kind == "causal" and not state.sharder.causal:
             raise ValueError(

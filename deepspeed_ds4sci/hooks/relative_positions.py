@@ -33,6 +33,8 @@ def replace_positions(model: nn.Module, context) -> Change:
         raise NotImplementedError(
             f"the positions of {name} were replaced for an earlier engine; make a new model for a new engine"
         )
+    if family.position_table is None and family.rotary is None:
+        raise NotImplementedError(f"{name} learns positions in the plane, which nothing here takes the place of")
     own = model.config.position_embedding if isinstance(family, GenSLMFamily) else _own_kind(family)
     kind = own if block.kind == "model" else block.kind
     scaling = _scaling(block.scaling, model)

@@ -7,7 +7,8 @@ import logging
 import torch
 
 from deepspeed_ds4sci.hooks.context import Change
-from deepspeed_ds4sci.hooks.families import bound_arguments, family_of
+from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.family import bound_arguments
 from deepspeed_ds4sci.hooks.random_checkpoint import RandomCheckpoint
 from deepspeed_ds4sci.hooks.sequence_state import RankRandom, detach, new_state
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
@@ -15,17 +16,7 @@ from deepspeed_ds4sci.sequence.inputs import all_batches, same_batch
 
 logger = logging.getLogger(__name__)
 
-# Arguments of the models that are split with the sequence, and those that may be given but mean nothing here.
-_SHARDED = (
-    "input_ids",
-    "inputs_embeds",
-    "labels",
-    "shift_labels",
-    "position_ids",
-    "token_type_ids",
-    "attention_mask",
-    "document_ids",
-)
+# Arguments of models that may be given but mean nothing here.
 _HARMLESS = ("use_cache", "return_dict", "output_hidden_states")
 
 
@@ -67,17 +58,17 @@ def named_arguments(model, args, kwargs) -> dict:
     Raises:
         NotImplementedError: an argument that cannot be split over the sequence.
     """
-    arguments = bound_arguments(model, args, kwargs)
+    arguments, family = bound_arguments(model, args, kwargs), family_of(model)
     for name, value in arguments.items():
-        if name in _SHARDED or name in _HARMLESS or value is False:
+        if name in family.inputs or name in family.others or name in _HARMLESS or value is False:
             continue
         if name == "logits_to_keep" and isinstance(value, int) and value == 0:
             continue
         raise NotImplementedError(f"the argument {name!r} of {type(model).__name__} cannot be split over the sequence")
     if arguments.get("return_dict") is False:
         raise NotImplementedError("return_dict=False is not supported with ds4sci.sequence_parallel; leave it out")
-    if "input_ids" not in arguments and "inputs_embeds" not in arguments:
-        raise ValueError(f"{type(model).__name__} got neither input_ids nor inputs_embeds")
+    if not any(name in arguments for name in family.inputs):
+        raise ValueError(f"{type(model).__name__} got no {' or '.join(family.inputs)}")
     return arguments
 
 
@@ -93,49 +84,10 @@ def _shard_inputs(family, state, model, args, kwargs):
     return (), local
 
 
-class _ShardedOutput:
-    """Stands where the logits of a batch with labels would be, and refuses their use."""
-
-    MESSAGE = (
-        "with labels in the batch the outputs stay split over the GPUs and only the loss is returned; leave labels "
-        "out of the batch to get whole logits, and compute the loss from those"
-    )
-
-    def __getattr__(self, name):
-        if name.startswith("__"):  # copying and introspection
-            raise AttributeError(name)
-        raise NotImplementedError(self.MESSAGE)
-
-    def __getitem__(self, index):
-        raise NotImplementedError(self.MESSAGE)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        raise NotImplementedError(cls.MESSAGE)
-
-
 def _finish_outputs(family, state, model, inputs, output):
-    """Labels given: the loss, and no logits. Else every output whole. Called after an error too, without output."""
+    """Called after an error too, without output."""
     state.random.leave()
-    if output is None:
-        return None
-    if state.batch.labels is not None:
-        training = model.training and torch.is_grad_enabled()
-        output["loss"] = family.loss(state, output, training)
-        for name in output.keys() - {"loss"}:
-            output[name] = _ShardedOutput()
-        return _reordered(output)
-    for name, value in list(output.items()):
-        if isinstance(value, torch.Tensor):
-            output[name] = state.gather(value)
-        elif isinstance(value, tuple):
-            output[name] = tuple(state.gather(each) for each in value)
-    return output
-
-
-def _reordered(output):
-    """The output with its loss first: scripts take it as output[0]."""
-    return type(output)(**{name: output[name] for name in ("loss", *(key for key in output if key != "loss"))})
+    return None if output is None else family.finish(model, state, output)
 
 
 def _forward_in_turn(engine, forward, *args, **kwargs):

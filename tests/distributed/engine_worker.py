@@ -111,7 +111,7 @@ def one_rank(case, model, rows, optimizer):
 
 
 def share(batch, dp_rank, dp_size):
-    rows = batch["input_ids"].shape[0] // dp_size
+    rows = next(iter(batch.values())).shape[0] // dp_size
     rows = slice(dp_rank * rows, (dp_rank + 1) * rows)
     return {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
@@ -119,7 +119,8 @@ def share(batch, dp_rank, dp_size):
 def scale_of(name, gradients):
     """The largest value of a gradient. A key bias adds nearly the same to all scores of a query, so that its gradient
     is what is left of the much larger terms that the query bias's consists of."""
-    return gradients[name.replace("key.bias", "query.bias")].abs().max().item()
+    name = name.replace("key.bias", "query.bias").replace("k_proj.bias", "q_proj.bias")
+    return gradients[name].abs().max().item()
 
 
 def relative_error(actual, expected, scale=None):

@@ -41,6 +41,7 @@ ONE_RANK = [
     Case("esm", size=1, stage=2, features=mask("custom", rule=RULE)),
     Case("genslm-rotary", size=1, stage=1, variant="documents", features=mask("document")),
     Case("gpt_neox", size=1, stage=1, variant="window", features={"attention": {"sliding_window": 5}}),
+    Case("vit", size=1, stage=1, variant="tiled", features={"attention": {"implementation": "tiled"}}),
     Case("gpt2", size=1, stage=2, variant="to-alibi", features=positions("alibi")),
     Case("gpt2", size=1, stage=1, variant="to-rotary", features=positions("rotary")),
     Case("llama", size=1, stage=3, variant="yarn", features=positions(scaling=YARN)),
@@ -112,6 +113,9 @@ TWO_RANKS = [
     Case("esm", stage=2, variant="ntk", features=positions(scaling={"kind": "ntk", "factor": 4.0})),
     Case("genslm-learned", mode="ring", seq_len=13, stage=2, variant="to-alibi", features=positions("alibi")),
     Case("genslm-learned", stage=3, variant="to-ntk", features=positions("rotary", {"kind": "ntk", "factor": 2.0})),
+    Case("vit"),
+    Case("vit", mode="ring", stage=3, accumulation=2),
+    Case("vit", mode="ring", stage=1, variant="recomputed", features=recomputed("full")),
     Case("gpt2", sharded_table=True, stage=0, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=2, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=3, **FIVE_CLIPPED_STEPS),
@@ -134,6 +138,8 @@ FOUR_RANKS = [
     Case("genslm-rotary", size=4, mode=GRID, stage=2, seq_len=19, variant="documents", features=mask("document")),
     Case("gpt2", size=4, mode=GRID, stage=3, seq_len=19, variant="to-alibi", features=positions("alibi")),
     Case("genslm-rotary", size=4, mode=GRID, stage=1, variant="yarn", features=positions(scaling=YARN)),
+    Case("vit", size=2, stage=2, mode="ring", accumulation=2),
+    Case("vit", size=4, stage=3, mode=GRID),
     Case("gpt2", size=2, stage=2, sharded_table=True, **FIVE_CLIPPED_STEPS),
 ]
 
