@@ -63,8 +63,8 @@ class _Away:
     def __init__(self, tensor, pool, stream, before):
         self.pool, self.stream, self.before = pool, stream, before
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.on_device = self.copied = self.slot = None
         self.slot = pool.take(tensor.nbytes)
-        self.on_device = self.copied = None
         if stream is None:
             self._host().copy_(tensor)
         else:
@@ -107,4 +107,5 @@ class _Away:
 
     def __del__(self):
         self.settle()
-        self.pool.give_back(self.slot)
+        if self.slot is not None:  # else there was no memory
+            self.pool.give_back(self.slot)
