@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hook of `ds4sci.attention_mask`: explicit masks, built once for each batch where they fit.
 
-A rank holds the rows that its attention works on and no others: those of its two chunks in a ring, all of them under
-all-to-all over heads, where each rank attends for whole sequences.
+A rank holds what its attention works on and nothing else: the rows of its two chunks in a ring; under all-to-all over
+heads all rows, of its own heads where heads differ.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.sequence.inputs import ShardedBatch
 from deepspeed_ds4sci.sequence.masks import MaskFactory
 from deepspeed_ds4sci.sequence.scores import MaskRule
+from deepspeed_ds4sci.sequence.ulysses import own_heads
 
 
 class AttentionMaskHook:
@@ -121,6 +122,9 @@ class MaskBuilder:
         if custom is not None and not is_tensor:
             per_batch, per_head = _depends_on(custom, batch.batch_size, self.heads)
         dtype = custom.dtype if is_tensor else torch.bool
+        own = own_heads(self.heads, layout.ulysses, layout.ulysses_rank(self.rank))
+        if is_tensor and custom.shape[1] > 1:
+            custom = custom[:, own[0] : own[1]]
         mask = MaskFactory(device, self.cpu_threshold, dtype)(
             layout.seq_len,
             layout.attention_ranges(self.rank),
@@ -129,7 +133,7 @@ class MaskBuilder:
             document_ids=documents,
             padding_mask=padding,
             custom=custom,
-            num_heads=self.heads if per_head else 1,
+            heads=own if per_head else (0, 1),
             num_samples=batch.batch_size if per_batch else 1,
         )
         if lengths_only:

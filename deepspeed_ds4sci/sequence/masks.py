@@ -56,7 +56,7 @@ class MaskFactory:
         document_ids: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         custom: torch.Tensor | MaskRule | None = None,
-        num_heads: int = 1,
+        heads: Range = (0, 1),
         num_samples: int = 1,
     ) -> torch.Tensor:
         """The rows of a mask that one rank needs.
@@ -71,7 +71,8 @@ class MaskFactory:
             custom: [B|1, H|1, S, S] or [B|1, H|1, Q, S], bool (True = keep) or, for a float factory, a float bias; or
                 a function (batch, head, query, key) -> bool of global index tensors, on the device where masks are
                 built. A square one may be smaller than S: what lies beyond it is padding.
-            num_heads, num_samples: heads and samples that a function is asked for; 1 when it does not look at them.
+            heads: global numbers [first, stop) of the heads that a function is asked for; one when it does not look at
+                them. num_samples: the same for samples.
 
         Returns:
             [B|1, H|1, Q, S] on `device`. All conditions hold at once for a kept element.
@@ -91,12 +92,13 @@ class MaskFactory:
             right=right,
             documents=_documents(document_ids, padding_mask, seq_len, device),
             mask_rule=custom if is_rule else None,
+            first_head=heads[0],
         )
         tensor = None if custom is None or is_rule else self._checked_custom(custom, rows, seq_len)
         num_rows = sum(stop - start for start, stop in rows)
         batches = [num_samples, *(x.shape[0] for x in (rules.documents, tensor) if x is not None)]
-        heads = num_heads if is_rule else 1 if tensor is None else tensor.shape[1]
-        mask = torch.empty(max(batches), heads, num_rows, seq_len, dtype=self.dtype, device=device)
+        num_heads = heads[1] - heads[0] if is_rule else 1 if tensor is None else tensor.shape[1]
+        mask = torch.empty(max(batches), num_heads, num_rows, seq_len, dtype=self.dtype, device=device)
         row = 0
         for start, stop in rows:
             for first in range(start, stop, BLOCK_ROWS):

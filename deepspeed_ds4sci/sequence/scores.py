@@ -180,7 +180,10 @@ class ScoreRules:
         def select(tensor, axis):
             if tensor is None or tensor.shape[axis] == 1 and axis == 1:
                 return tensor
-            kept = tensor.narrow(axis, min(first, tensor.shape[axis]), max(min(stop, tensor.shape[axis]) - first, 0))
+            kept = tensor
+            if self.num_heads in (None, tensor.shape[axis]):  # else they have been selected
+                begin = min(first, tensor.shape[axis])
+                kept = tensor.narrow(axis, begin, max(min(stop, tensor.shape[axis]) - begin, 0))
             missing = stop - first - kept.shape[axis]
             if not missing:
                 return kept

@@ -97,17 +97,20 @@ def test_a_window_is_part_of_the_mask():
 
 
 @pytest.mark.parametrize(
-    "mode, size, rows", [("ulysses", 4, 16), ("ring", 4, 4), ({"ulysses": 2, "ring": 2}, 4, 8), ("ring", 2, 8)]
+    "mode, size, rows, heads",
+    [("ulysses", 4, 16, 2), ("ring", 4, 4, 5), ({"ulysses": 2, "ring": 2}, 4, 8, 3), ("ring", 2, 8, 5)],
 )
-def test_a_rank_holds_the_rows_that_it_attends_for(mode, size, rows):
-    """The samples have 13 tokens; the last three are padding, which sees nothing."""
+def test_a_rank_holds_the_rows_and_heads_that_it_attends_for(mode, size, rows, heads):
+    """The samples have 13 tokens; the last three are padding, which sees nothing. Of five heads, four ranks get two,
+    two, one and padding, which is given the last one."""
     layout = Layout(16, size, mode)
     for rank in range(size):
-        builder = attention_mask.MaskBuilder("custom", 8, None, True, None, 2, rank, True, "position_ids")
+        builder = attention_mask.MaskBuilder("custom", 8, None, True, None, 5, rank, True, "position_ids")
         batch = ShardedBatch(layout, 13, 1)
         mine = builder.build(batch, mask_rules.strided_by_head, torch.device("cpu")).mask
-        assert mine.shape == (1, 2, rows, 16)
-        expected = naive_mask(16, rule=torch_rule(mask_rules.strided_by_head), heads=2)
+        first = min(layout.ulysses_rank(rank) * heads, 4)
+        expected = naive_mask(16, rule=torch_rule(mask_rules.strided_by_head), heads=5)[:, first : first + heads]
+        assert mine.shape == (1, min(heads, 5 - first), rows, 16)
         assert torch.equal(mine, expected[:, :, layout.attention_positions(rank)])
         given = torch.rand(1, 1, 13, 13) < 0.5
         expected = torch.nn.functional.pad(given, (0, 3, 0, 3))
