@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recomputed layers train like kept ones, bit for bit; what waits in CPU memory is freed and used again."""
 
-import copy
-
 import pytest
 import torch
 
-from deepspeed_ds4sci.config import read_block
-from deepspeed_ds4sci.hooks.activation_checkpointing import ActivationCheckpointingHook
-from deepspeed_ds4sci.hooks.context import HookContext
 from deepspeed_ds4sci.hooks.host_memory import HostPool
 from deepspeed_ds4sci.sequence import blocks
 from tests.distributed import tiny_models
+from tests.unit.hooks import apply
 
 SETTINGS = [
     {"kind": kind, **others}
@@ -22,10 +18,7 @@ SETTINGS = [
 
 def with_hook(model, **block):
     """A copy of the model with the hook on, and its offload object."""
-    model = copy.deepcopy(model)
-    config = read_block({"ds4sci": {"activation_checkpointing": block}})
-    context = HookContext(config=config, zero_stage=0)
-    ActivationCheckpointingHook().before_engine(model, context)
+    model, _, context = apply.with_hooks(model, activation_checkpointing=block)
     return model, context.extras["activation_checkpointing"]
 
 
@@ -48,6 +41,20 @@ def test_trains_bit_for_bit_like_the_plain_model(name, block):
     checkpointed, _ = with_hook(model, **block)
     batch = tiny_models.with_padding(tiny_models.batch(name, 2, 16, 0), [16, 11])
     assert_same(gradients(checkpointed, batch), gradients(model, batch))
+
+
+@pytest.mark.parametrize("implementation", ["flash", "tiled"])
+def test_every_memory_feature_at_once(implementation):
+    """Tiles are recomputed inside of layers that are recomputed without their attention."""
+    model = tiny_models.build("genslm-rotary")
+    ours, *_ = apply.with_hooks(
+        model,
+        attention={"implementation": implementation},
+        activation_checkpointing={"kind": "keep_attention", "cpu_offload": True},
+        tiling={"mlp": 5, "loss": 7},
+    )
+    batch = tiny_models.batch("genslm-rotary", 2, 16, 0)
+    apply.assert_trains_like(ours, batch, model, batch)
 
 
 def test_position_ids_that_start_again_mean_what_they_meant():
