@@ -30,8 +30,7 @@ def check_combinations(config: DS4SciConfig, ds_config: dict) -> None:
 
 def _not_there_yet(config):
     """(dotted key, whether it is asked for, reason) of everything the schema knows and this version lacks."""
-    parallel, position, attention = config.sequence_parallel, config.position_embedding, config.attention
-    in_model = "choose it where the model is built (the configuration of the model)"
+    parallel, position = config.sequence_parallel, config.position_embedding
     return (
         (
             "sequence_parallel.mode = megatron",
@@ -39,8 +38,6 @@ def _not_there_yet(config):
             "splitting activations between tensor-parallel blocks needs tensor parallelism, which does not go with "
             'this block; use "ulysses" or "ring"',
         ),
-        (f"position_embedding.kind = {position.kind}", position.kind in ("rotary", "alibi"), in_model),
-        ("position_embedding.scaling", position.scaling.enabled(), in_model),
         (
             "position_embedding.kind = learned without sharded",
             position.kind == "learned" and not position.sharded,
@@ -50,21 +47,6 @@ def _not_there_yet(config):
             "sequence_parallel.loss_average = step",
             parallel.loss_average == "step",
             "the micro-batches of a step count equally, as in DeepSpeed",
-        ),
-        (
-            "attention without sequence_parallel",
-            attention.enabled() and not parallel.enabled(),
-            "it takes effect only with ds4sci.sequence_parallel.size of at least 2",
-        ),
-        (
-            f"attention_mask.kind = {config.attention_mask.kind}",
-            config.attention_mask.enabled(),
-            "masks are passed in the batch (attention_mask, document ids by position_ids that start again)",
-        ),
-        (
-            "activation_checkpointing.cpu_offload",
-            config.activation_checkpointing.cpu_offload,
-            "what checkpointed layers start from stays on the device",
         ),
     )
 

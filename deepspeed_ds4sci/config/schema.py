@@ -68,25 +68,41 @@ class PositionScalingConfig(_Block):
     """Rotary positions beyond the length trained on."""
 
     kind: Literal["none", "linear", "ntk", "yarn"] = "none"
-    """The scaling of rotary angles."""
+    """The scaling of rotary angles. `linear`: all of them divided by the factor. `ntk`: a larger base, so that the
+    fastest stay. `yarn`: slow angles divided, fast ones kept, a ramp between, and sharper attention."""
 
     factor: float = Field(1.0, ge=1.0)
     """Context length divided by the length the model was trained on."""
 
+    original_length: int = Field(0, ge=0)
+    """With `yarn`: tokens that the model was trained on. 0: the positions of the model's configuration."""
+
     def enabled(self) -> bool:
         return self.kind != "none"
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self):
+        if self.kind == "none" and (self.factor != 1.0 or self.original_length):
+            raise ValueError('factor and original_length have no effect with kind "none"')
+        if self.kind != "none" and self.factor == 1.0:
+            raise ValueError(f'a factor of 1 has no effect with kind "{self.kind}"')
+        if self.original_length and self.kind != "yarn":
+            raise ValueError(f'original_length has an effect with kind "yarn" only, got {self.kind!r}')
+        return self
 
 
 class PositionEmbeddingConfig(_Block):
     """What tells the model where a token is."""
 
     kind: Literal["model", "learned", "rotary", "alibi"] = "model"
-    """`model`: what the model was built with. `learned`: its learned table. `rotary`, `alibi`: in place of it."""
+    """`model`: what the model was built with. `learned`: its learned table. `rotary`, `alibi`: in place of what it was
+    built with; a learned table is then no part of the model."""
 
     sharded: bool = False
     """With `learned`: each GPU of a sequence group holds its part of the table, its gradient and optimizer state."""
 
     scaling: PositionScalingConfig = PositionScalingConfig()
+    """Of a rotary model, or with `rotary`."""
 
     def enabled(self) -> bool:
         return self.kind != "model" or self.sharded or self.scaling.enabled()
@@ -95,6 +111,8 @@ class PositionEmbeddingConfig(_Block):
     def _only_a_table_is_sharded(self):
         if self.sharded and self.kind != "learned":
             raise ValueError(f'sharded needs kind "learned", got {self.kind!r}')
+        if self.scaling.enabled() and self.kind not in ("model", "rotary"):
+            raise ValueError(f"scaling needs rotary positions, got {self.kind!r}")
         return self
 
 
@@ -106,7 +124,7 @@ class AttentionConfig(_Block):
     )
     """`flash` (FlashAttention-2), `cudnn`, `efficient` and `math` are PyTorch's scaled-dot-product kernels, `flex` its
     compiled one, `flash_attn` the package of that name, `tiled` our own in plain PyTorch. `fastest`: the fastest that
-    takes the inputs."""
+    takes the inputs. `flash` and `cudnn` take no masks, windows or ALiBi, `flash_attn` no masks."""
 
     sliding_window: int = Field(0, ge=0)
     """Tokens that each token attends to, itself included. 0: no window."""
@@ -119,26 +137,46 @@ class AttentionMaskConfig(_Block):
     """Explicit attention masks, built where they fit."""
 
     kind: Literal["none", "causal", "document", "custom"] = "none"
-    """Which mask to build. `none`: the attention implementation masks by itself."""
+    """Which mask to build for each batch. `none`: the attention implementation masks by itself. `causal`: no key after
+    the query. `document`: each token sees its own document, which the batch tells by position_ids that start again
+    (GenSLM: document_ids). `custom`: the `rule`, or the attention_mask of the batch, [B|1, H|1, S, S] (it may be in
+    CPU memory) or a function like the rule. All but a [.., S, S] mask for a model of transformers, which says
+    everything, hold together with padding, and with causality where the model has it."""
 
     cpu_threshold: int = Field(16384, ge=1)
-    """Sequence length in tokens above which the mask is built in CPU memory and moved once."""
+    """Sequence length in tokens above which the mask is built in CPU memory and moved once. `python -m
+    deepspeed_ds4sci.sequence.mask_threshold FILE` measures the best one of a GPU and writes it into a config."""
+
+    rule: str = ""
+    """With `custom`: "module:function" of a function (batch, head, query, key) -> bool, True = keep, of index tensors
+    that broadcast against each other, on the device where the mask is built. Empty: the batch has the mask."""
 
     def enabled(self) -> bool:
         return self.kind != "none"
+
+    @model_validator(mode="after")
+    def _a_rule_is_custom(self):
+        if self.rule and self.kind != "custom":
+            raise ValueError(f'rule needs kind "custom", got {self.kind!r}')
+        if self.rule and not all(self.rule.partition(":")):
+            raise ValueError(f'rule must be "module:function", got {self.rule!r}')
+        return self
 
 
 class ActivationCheckpointingConfig(_Block):
     """Recompute activations in the backward pass in place of keeping them."""
 
-    kind: Literal["none", "full", "selective"] = "none"
-    """`full`: whole layers. `selective`: attention only."""
+    kind: Literal["none", "full", "selective", "keep_attention"] = "none"
+    """`full`: whole layers. `selective`: attention only. `keep_attention`: whole layers but for attention itself,
+    whose output stays, as large as what the layer starts from; saves most of the recomputation at length."""
 
     every_n_layers: int = Field(1, ge=1)
     """Checkpoint the first of every n layers."""
 
     cpu_offload: bool = False
-    """Keep what the checkpointed layers start from in CPU memory."""
+    """Keep what the checkpointed layers start from in CPU memory, page-locked where there is a GPU: in bytes, per
+    rank, 2 (bf16) x tokens of the rank x hidden size x checkpointed layers. What `keep_attention` keeps stays on the
+    device."""
 
     def enabled(self) -> bool:
         return self.kind != "none"

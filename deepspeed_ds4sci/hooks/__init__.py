@@ -6,6 +6,8 @@ around DeepSpeed's engine.
 """
 
 from deepspeed_ds4sci.hooks.activation_checkpointing import ActivationCheckpointingHook
+from deepspeed_ds4sci.hooks.attention import AttentionHook
+from deepspeed_ds4sci.hooks.attention_mask import AttentionMaskHook
 from deepspeed_ds4sci.hooks.context import Change, Hook, HookContext
 from deepspeed_ds4sci.hooks.position_embedding import PositionEmbeddingHook
 from deepspeed_ds4sci.hooks.sequence_parallel import SequenceParallelHook
@@ -13,7 +15,9 @@ from deepspeed_ds4sci.hooks.tiling import TilingHook
 
 HOOKS: tuple[Hook, ...] = (
     SequenceParallelHook(),
+    AttentionHook(),
     PositionEmbeddingHook(),
+    AttentionMaskHook(),
     ActivationCheckpointingHook(),
     TilingHook(),
 )

@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hook of `ds4sci.activation_checkpointing`: layers, or their attention, computed again in the backward pass."""
+"""The hook of `ds4sci.activation_checkpointing`: layers, or parts of them, computed again in the backward pass."""
 
+import contextlib
 import functools
+import inspect
 
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.sequence.kept import keeping_contexts
+
+_PARTS = {
+    "full": "whole layers",
+    "selective": "the attention of layers",
+    "keep_attention": "layers without their attention outputs, which are kept,",
+}
 
 
 class ActivationCheckpointingHook:
@@ -16,19 +27,25 @@ class ActivationCheckpointingHook:
         block = context.config.activation_checkpointing
         family = family_of(model)
         chosen = family.layers(model)[:: block.every_n_layers]
-        if block.kind == "full":
-            targets = [(layer, "forward") for layer in chosen]
-        else:
+        if block.kind == "selective":
             targets = [target for layer in chosen for target in _attention_of(family, layer)]
+        else:
+            targets = [(layer, "forward") for layer in chosen]
+        offload = context.extras[self.name] = CheckpointOffload() if block.cpu_offload else None
         for module, name in targets:
-            setattr(module, name, _recomputed(getattr(module, name), context))
-        part = "whole layers" if block.kind == "full" else "the attention of layers"
+            forward = getattr(module, name)
+            setattr(module, name, _recomputed(forward, context, block.kind == "keep_attention", offload))
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+        where = "; what they start from waits in CPU memory" if block.cpu_offload else ""
         return Change(
-            len(targets), f"{part} are recomputed in the backward pass: {len(targets)} of every {block.every_n_layers}"
+            len(targets),
+            f"{_PARTS[block.kind]} are recomputed in the backward pass: {len(targets)} of every "
+            f"{block.every_n_layers}{where}",
         )
 
     def after_engine(self, engine, context):
-        """Nothing is left to do."""
+        engine.ds4sci_checkpoint_offload = context.extras[self.name]
 
 
 def _attention_of(family, layer):
@@ -37,19 +54,47 @@ def _attention_of(family, layer):
     return [(module, "forward") for module in family.attention_modules(layer)]
 
 
-def _recomputed(forward, context):
+def _without_cache(model, args, kwargs):
+    """No key/value cache in training: it would hold every layer's keys, and recomputation would add them again."""
+    if not torch.is_grad_enabled():
+        return args, kwargs
+    if kwargs.get("use_cache"):
+        raise ValueError("use_cache = True does not go with ds4sci.activation_checkpointing in training; leave it out")
+    if "use_cache" in kwargs or not model.config.use_cache:
+        return args, {**kwargs, "use_cache": False}
+    # Without a cache transformers would read documents off these position ids, which it does not with one.
+    if kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None:
+        tokens = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
+        kwargs = {**kwargs, "attention_mask": torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)}
+    return args, {**kwargs, "use_cache": False}
+
+
+def _recomputed(forward, context, keep_attention, offload):
     """`forward` under torch's checkpointing, with the batch of its own forward pass while it is computed again."""
 
     @functools.wraps(forward)
     def wrapped(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
         state = context.sequence
         batch = None if state is None else state.batch
 
-        def run(*args, **kwargs):
+        def run(hidden, *args, **kwargs):
             if state is not None:
                 state.batch = batch
-            return forward(*args, **kwargs)
+            return forward(hidden, *args, **kwargs)
 
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        # Layers are called with what they start from first; some models name it.
+        hidden, *args = args or (kwargs.pop("hidden_states"),)
+        contexts = keeping_contexts() if keep_attention else noop_context_fn()
+        with contextlib.nullcontext() if offload is None else offload.of(hidden):
+            output = checkpoint(run, hidden, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
+        if keep_attention and contexts[0].count == 0:
+            raise NotImplementedError(
+                'ds4sci.activation_checkpointing.kind = "keep_attention" met no attention whose output it can keep in '
+                f"{getattr(forward, '__qualname__', forward)}: it knows PyTorch's fused kernels and the tiled and "
+                'ring attention of this package; choose another ds4sci.attention.implementation, or kind "full"'
+            )
+        return output
 
     return wrapped

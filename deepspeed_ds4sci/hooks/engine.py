@@ -86,7 +86,6 @@ def _before(config, deepspeed_config, arguments):
 def _enabled(config):
     from deepspeed_ds4sci.hooks import HOOKS
 
-    # The `attention` block has no hook of its own: it says how sequence_parallel attends.
     return [hook for hook in HOOKS if getattr(config, hook.name).enabled()]
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hook of `ds4sci.position_embedding`: a learned table, of which each rank of a sequence group holds its rows."""
+"""The hook of `ds4sci.position_embedding`: a learned table, of which each rank of a sequence group holds its rows, or
+positions in place of the model's own."""
 
 from dataclasses import dataclass
 
@@ -7,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deepspeed_ds4sci.hooks.client_parameters import take_out
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.relative_positions import replace_positions
 from deepspeed_ds4sci.hooks.table_checkpoint import TableCheckpoint
 from deepspeed_ds4sci.hooks.table_optimizer import TableOptimizer
 from deepspeed_ds4sci.sequence.position_table import ShardedPositionEmbedding
@@ -53,6 +56,8 @@ class PositionEmbeddingHook:
     name = "position_embedding"
 
     def before_engine(self, model, context):
+        if not context.config.position_embedding.sharded:
+            return replace_positions(model, context)
         name, embedding = _learned_table(model)
         weight = embedding.weight
         _broadcast_rows(weight.data, context.groups)
@@ -62,7 +67,7 @@ class PositionEmbeddingHook:
         table.weight.requires_grad_(weight.requires_grad)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, table)
-        group_index = _take_out(weight, context)
+        group_index = take_out(weight, context)
         context.extras[self.name] = _Replaced(name, table, group_index)
         rows, dim = table.rows_per_rank, table.dim
         return Change(
@@ -72,7 +77,9 @@ class PositionEmbeddingHook:
         )
 
     def after_engine(self, engine, context):
-        replaced = context.extras[self.name]
+        replaced = context.extras.get(self.name)
+        if replaced is None:
+            return
         replaced.table.weight.data = replaced.table.weight.data.to(engine.device)
         optimizer = TableOptimizer(
             engine, replaced.table, context.groups, context.sequence.divisor, replaced.group_index
@@ -114,42 +121,3 @@ def _broadcast_rows(weight, groups):
         moved = rows.to(device).contiguous()
         dist.broadcast(moved, 0)
         rows.copy_(moved)
-
-
-def _take_out(weight, context) -> int:
-    """Takes a replaced parameter from what the script passed. Returns the index of its parameter group.
-
-    Raises:
-        NotImplementedError: it is alone in its group, whose settings DeepSpeed would then forget.
-    """
-    optimizer = context.client_optimizer
-    if isinstance(optimizer, torch.optim.Optimizer):
-        if weight in optimizer.state:
-            raise NotImplementedError(
-                "the optimizer has taken steps before deepspeed.initialize; its state of the position table is lost"
-            )
-        return _take_from_groups(weight, optimizer.param_groups)
-    parameters = context.model_parameters
-    if parameters is None:
-        return 0  # DeepSpeed takes all parameters of the model, in one group
-    if parameters and isinstance(parameters[0], dict):
-        for group in parameters:
-            group["params"] = list(group["params"])
-        return _take_from_groups(weight, parameters)
-    context.model_parameters = [each for each in parameters if each is not weight]
-    return 0
-
-
-def _take_from_groups(weight, groups):
-    for index, group in enumerate(groups):
-        kept = [each for each in group["params"] if each is not weight]
-        if len(kept) == len(group["params"]):
-            continue
-        if not kept:
-            raise NotImplementedError(
-                "the position table is alone in a parameter group, whose settings would be lost; put it into a group "
-                "with other parameters"
-            )
-        group["params"] = kept
-        return index
-    raise NotImplementedError("the position table is in none of the optimizer's parameter groups; it must be trained")

@@ -2,32 +2,21 @@
 """The hook of `ds4sci.sequence_parallel`: groups, sharded inputs, one loss, whole outputs, batches taken in turn."""
 
 import functools
-import inspect
 import logging
 
 import torch
 
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.family import bound_arguments
 from deepspeed_ds4sci.hooks.random_checkpoint import RandomCheckpoint
-from deepspeed_ds4sci.hooks.sequence_state import RankRandom, SequenceState
-from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
+from deepspeed_ds4sci.hooks.sequence_state import RankRandom, detach, new_state
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
-from deepspeed_ds4sci.sequence.inputs import InputSharder, all_batches, same_batch
+from deepspeed_ds4sci.sequence.inputs import all_batches, same_batch
 
 logger = logging.getLogger(__name__)
 
-# Arguments of the models that are split with the sequence, and those that may be given but mean nothing here.
-_SHARDED = (
-    "input_ids",
-    "inputs_embeds",
-    "labels",
-    "shift_labels",
-    "position_ids",
-    "token_type_ids",
-    "attention_mask",
-    "document_ids",
-)
+# Arguments of models that may be given but mean nothing here.
 _HARMLESS = ("use_cache", "return_dict", "output_hidden_states")
 
 
@@ -39,25 +28,9 @@ class SequenceParallelHook:
         family = family_of(model)
         groups = context.groups = sequence_groups(block.size)
         context.mpu = SequenceParallelMPU(groups)
-        _detach(model)
-        attention = context.config.attention
-        implementation = "auto" if attention.implementation == "fastest" else attention.implementation
-        pad_token_id = getattr(model.config, "pad_token_id", None)
-        state = context.sequence = SequenceState(
-            groups=groups,
-            attention=SequenceParallelAttention(groups.sp_group, block.layout_mode(), implementation=implementation),
-            sharder=InputSharder(
-                size=block.size,
-                mode=block.layout_mode(),
-                rank=groups.sp_rank,
-                padding=block.padding,
-                causal=family.is_causal(model),
-                pad_token_id=pad_token_id or 0,
-            ),
-            zero_stage=context.zero_stage,
-            window=attention.sliding_window,
-            random=RankRandom(groups.sp_rank),
-        )
+        detach(model)
+        state = context.sequence = new_state(model, context, groups)
+        state.random = RankRandom(groups.sp_rank)
         modules = family.attention_modules(model)
         family.prepare(model, state)
         model.ds4sci_sequence = state
@@ -79,34 +52,23 @@ class SequenceParallelHook:
         engine.forward = functools.partial(_forward_in_turn, engine, engine.forward)
 
 
-def _detach(model):
-    """Undoes an earlier engine's hooks on the same model."""
-    state = getattr(model, "ds4sci_sequence", None)
-    for handle in () if state is None else state.handles:
-        handle.remove()
-
-
 def named_arguments(model, args, kwargs) -> dict:
-    """The arguments of model.forward by name, without those that are None.
+    """See `families.bound_arguments`.
 
     Raises:
         NotImplementedError: an argument that cannot be split over the sequence.
     """
-    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))
-    arguments = {name: value for name, value in bound.items() if value is not None}
+    arguments, family = bound_arguments(model, args, kwargs), family_of(model)
     for name, value in arguments.items():
-        if name in _SHARDED or name in _HARMLESS or value is False:
+        if name in family.inputs or name in family.others or name in _HARMLESS or value is False:
             continue
         if name == "logits_to_keep" and isinstance(value, int) and value == 0:
             continue
         raise NotImplementedError(f"the argument {name!r} of {type(model).__name__} cannot be split over the sequence")
     if arguments.get("return_dict") is False:
         raise NotImplementedError("return_dict=False is not supported with ds4sci.sequence_parallel; leave it out")
-    if "input_ids" not in arguments and "inputs_embeds" not in arguments:
-        raise ValueError(f"{type(model).__name__} got neither input_ids nor inputs_embeds")
+    if not any(name in arguments for name in family.inputs):
+        raise ValueError(f"{type(model).__name__} got no {' or '.join(family.inputs)}")
     return arguments
 
 
@@ -117,54 +79,15 @@ def _shard_inputs(family, state, model, args, kwargs):
             f"the {state.groups.sp_size} ranks of a sequence group called the model with different batches; call the "
             "engine, which takes them in turn, or give all ranks of a group the same batch"
         )
-    local = family.shard(model, state, arguments)
+    local = state.with_masks(arguments, lambda: family.shard(model, state, arguments))
     state.random.enter()
     return (), local
 
 
-class _ShardedOutput:
-    """Stands where the logits of a batch with labels would be, and refuses their use."""
-
-    MESSAGE = (
-        "with labels in the batch the outputs stay split over the GPUs and only the loss is returned; leave labels "
-        "out of the batch to get whole logits, and compute the loss from those"
-    )
-
-    def __getattr__(self, name):
-        if name.startswith("__"):  # copying and introspection
-            raise AttributeError(name)
-        raise NotImplementedError(self.MESSAGE)
-
-    def __getitem__(self, index):
-        raise NotImplementedError(self.MESSAGE)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        raise NotImplementedError(cls.MESSAGE)
-
-
 def _finish_outputs(family, state, model, inputs, output):
-    """Labels given: the loss, and no logits. Else every output whole. Called after an error too, without output."""
+    """Called after an error too, without output."""
     state.random.leave()
-    if output is None:
-        return None
-    if state.batch.labels is not None:
-        training = model.training and torch.is_grad_enabled()
-        output["loss"] = family.loss(state, output, training)
-        for name in output.keys() - {"loss"}:
-            output[name] = _ShardedOutput()
-        return _reordered(output)
-    for name, value in list(output.items()):
-        if isinstance(value, torch.Tensor):
-            output[name] = state.gather(value)
-        elif isinstance(value, tuple):
-            output[name] = tuple(state.gather(each) for each in value)
-    return output
-
-
-def _reordered(output):
-    """The output with its loss first: scripts take it as output[0]."""
-    return type(output)(**{name: output[name] for name in ("loss", *(key for key in output if key != "loss"))})
+    return None if output is None else family.finish(model, state, output)
 
 
 def _forward_in_turn(engine, forward, *args, **kwargs):

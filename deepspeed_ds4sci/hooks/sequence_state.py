@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state that ties a model's attention layers, its inputs and its outputs together while sequences are split."""
+"""The state that ties a model's attention layers to its inputs and outputs, while sequences are split or while the
+attention of a model is not its own."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
+from deepspeed_ds4sci.sequence.blocks import accumulation_dtype
 from deepspeed_ds4sci.sequence.groups import SequenceGroups
 from deepspeed_ds4sci.sequence.inputs import InputSharder, ShardedBatch
+from deepspeed_ds4sci.sequence.local_attention import unsupported_reason
 from deepspeed_ds4sci.sequence.loss import gather_sequence, global_mean, gradient_divisor, sharded_cross_entropy
+from deepspeed_ds4sci.sequence.rotary import RotaryEmbedding, apply_rotary
+from deepspeed_ds4sci.sequence.scores import ScoreRules, window_limits
 
 
 class RankRandom:
@@ -65,9 +71,12 @@ def _seed(seed):
 
 @dataclass
 class SequenceState:
-    """One per model. `batch` is what the last forward pass works on; recomputation in its backward pass reads it."""
+    """One per model. `batch` is what the last forward pass works on; recomputation in its backward pass reads it.
 
-    groups: SequenceGroups
+    groups is None where one rank has the whole sequence.
+    """
+
+    groups: SequenceGroups | None
     attention: SequenceParallelAttention
     sharder: InputSharder
     zero_stage: int
@@ -75,8 +84,15 @@ class SequenceState:
     batch: ShardedBatch | None = None
     handles: list[Any] = field(default_factory=list)
     random: RankRandom | None = None
+    masks: Any = None
+    """`hooks.attention_mask.MaskBuilder`, where masks are built for each batch."""
+    slopes: torch.Tensor | None = None
+    """[H] fp32: attention adds ALiBi's biases to the scores of a model that has none."""
+    rotary: RotaryEmbedding | None = None
+    """Attention rotates queries and keys of a model that does not."""
     checked: bool = False
     """The engine has compared the batch in work over the group."""
+    _formed: Any = None  # (batch, its cosines and sines)
 
     @property
     def divisor(self) -> int:
@@ -86,18 +102,52 @@ class SequenceState:
     def attend(self, q, k, v, *, dropout_p: float, scale: float | None) -> torch.Tensor:
         """Attention under the batch's masks. q: [B, L, H, D]; k, v: [B, L, G, D] -> [B, L, H, D]."""
         batch = self.batch
-        return self.attention(
-            q,
-            k,
-            v,
+        if self.rotary is not None:
+            q, k = (apply_rotary(x, *self._angles(accumulation_dtype(q))) for x in (q, k))
+        if self.slopes is not None and self.slopes.device != q.device:
+            self.slopes = self.slopes.to(q.device)  # once, for all layers and steps
+        masks = dict(
             # A script's own 4-D mask says everything about who sees whom, as in transformers.
             causal=self.sharder.causal and batch.mask is None,
-            mask=batch.attention_mask(),
+            mask=None if batch.built else batch.attention_mask(),
             document_ids=batch.document_ids,
             window=self.window or None,
-            dropout_p=dropout_p,
-            scale=scale,
         )
+        return self.attention(
+            q, k, v, alibi_slopes=self.slopes, dropout_p=dropout_p, scale=scale, **{**masks, **self.built_mask()}
+        )
+
+    def with_masks(self, arguments: dict, take_in):
+        """take_in(), which makes `batch` of a batch's arguments; then the batch gets its mask, where one is built."""
+        if self.masks is None:
+            return take_in()
+        device = next(value.device for name, value in arguments.items() if name in ("input_ids", "inputs_embeds"))
+        custom = self.masks.take(arguments)
+        taken = take_in()
+        self.batch = self.masks.build(self.batch, custom, device)
+        return taken
+
+    def built_mask(self) -> dict:
+        """The arguments of attention that a mask built for the batch replaces; none where there is no such mask."""
+        if self.batch is None or not self.batch.built:
+            return {}
+        return dict(causal=False, mask=self.batch.mask, document_ids=None, window=None)
+
+    def refuse_unsupported(self) -> None:
+        """Raises NotImplementedError if the named implementation of attention lacks what the hooks ask of it."""
+        window = None if self.masks is not None else self.window or None
+        left, right = window_limits(self.sharder.causal and self.masks is None, window)
+        mask = None if self.masks is None else torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        rules = ScoreRules(1.0, left, right, slopes=self.slopes, mask=mask)
+        reason = unsupported_reason(self.attention.implementation, rules)
+        if reason is not None:
+            raise NotImplementedError(f"ds4sci.attention.implementation: {reason}")
+
+    def _angles(self, dtype):
+        """Cosines and sines of the batch's positions, formed once for all layers."""
+        if self._formed is None or self._formed[0] is not self.batch:
+            self._formed = self.batch, self.rotary(self.batch.positions, dtype)
+        return self._formed[1]
 
     def mean_loss(self, loss_sum: torch.Tensor, count: torch.Tensor, training: bool) -> torch.Tensor:
         """As `loss`, from this rank's sum and number of valid tokens."""
@@ -114,3 +164,36 @@ class SequenceState:
         """[B, L, ...] -> [B, S, ...] without padding, for a script that goes on with whole outputs."""
         factor = self.divisor / self.groups.dp_size
         return gather_sequence(tensor, self.batch.layout, self.groups.sp_group, factor)[:, : self.batch.seq_len]
+
+
+def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
+    """The state of a model's attention as the config has it.
+
+    Args:
+        groups: of split sequences; None: this rank has whole sequences.
+    """
+    parallel, attention = context.config.sequence_parallel, context.config.attention
+    mode = "ulysses" if groups is None else parallel.layout_mode()
+    implementation = "auto" if attention.implementation == "fastest" else attention.implementation
+    group = None if groups is None else groups.sp_group
+    return SequenceState(
+        groups=groups,
+        attention=SequenceParallelAttention(group, mode, implementation=implementation),
+        sharder=InputSharder(
+            size=1 if groups is None else groups.sp_size,
+            mode=mode,
+            rank=0 if groups is None else groups.sp_rank,
+            padding=parallel.padding,
+            causal=family_of(model).is_causal(model),
+            pad_token_id=getattr(model.config, "pad_token_id", None) or 0,
+        ),
+        zero_stage=context.zero_stage,
+        window=attention.sliding_window,
+    )
+
+
+def detach(model) -> None:
+    """Undoes an earlier engine's hooks on the same model."""
+    state = getattr(model, "ds4sci_sequence", None)
+    for handle in () if state is None else state.handles:
+        handle.remove()

@@ -99,7 +99,8 @@ class SequenceParallelAttention:
             causal: no key after the query, by global position.
             mask: [B|1, H|1, rows, S], bool (True = keep) or a float bias, without gradient; rows is 1 (a mask of
                 keys), L (this rank's queries), the queries that this rank works on (`Layout.attention_positions`), or
-                S. Or a function (batch, head, query, key) -> bool of global index tensors.
+                S; the heads may be those that this rank works on alone (`ulysses.own_heads`). Or a function
+                (batch, head, query, key) -> bool of global index tensors.
             alibi_slopes: [H]; -slope * |query - key| is added to the scaled scores. No gradient.
             window: see `scores.window_limits`.
             document_ids: [B, L] int64, this rank's, or [B, S]; tokens see only their own document. A negative id is
@@ -175,7 +176,9 @@ class SequenceParallelAttention:
         working_len = layout.seq_len // layout.ring
         rows = (1, layout.local_len, working_len, layout.seq_len)
         shape = tuple(mask.shape)
-        fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[3] == layout.seq_len
+        first, stop = ulysses.own_heads(heads, layout.ulysses, layout.ulysses_rank(self.rank))
+        some_heads = (1, stop - first, heads)
+        fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in some_heads and shape[3] == layout.seq_len
         if not fits or shape[2] not in rows:
             raise ValueError(
                 f"mask must be [B|1, H|1, rows, S] = [{batch}|1, {heads}|1, {'|'.join(map(str, sorted(set(rows))))}, "

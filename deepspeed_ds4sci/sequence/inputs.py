@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from deepspeed_ds4sci.sequence.layout import Layout, Mode, length_multiple, padded_length
 from deepspeed_ds4sci.sequence.loss import IGNORE_INDEX, shift_labels
 
+_CHECKED_AT_ONCE = 2**22  # elements whose checksum is formed at a time: 96 MiB of temporaries
+
 
 @dataclass(frozen=True)
 class ShardedBatch:
@@ -20,14 +22,20 @@ class ShardedBatch:
     key_mask: [B, 1, 1, S] bool or None, True = attended to.
     mask: [B|1, H|1, L, S] bool or float or None: a mask of the script's own, the rows of this rank.
     document_ids: [B, S] int64 or None: tokens see their own document only.
+    positions: [B|1, L] int64 or None: the position of each of this rank's tokens in its sequence.
+    built: `mask` was built for this batch by the rows that attention works on, and says everything about who sees
+        whom.
     """
 
     layout: Layout
     seq_len: int
+    batch_size: int
     labels: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    built: bool = False
 
     def attention_mask(self):
         """The two masks as one; None if there is none."""
@@ -71,7 +79,7 @@ class InputSharder:
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         batch_size, seq_len = tokens.shape[:2]
-        layout = self._layout(seq_len)
+        layout = self.layout(seq_len)
         missing = layout.seq_len - seq_len
         local = dict(arguments)
         for name, value in (("input_ids", self.pad_token_id), ("inputs_embeds", 0), ("token_type_ids", 0)):
@@ -86,13 +94,16 @@ class InputSharder:
         return local, ShardedBatch(
             layout=layout,
             seq_len=seq_len,
+            batch_size=batch_size,
             labels=self._labels(arguments, layout),
             key_mask=key_mask,
             mask=self._own_mask(mask, layout, missing, seq_len),
-            document_ids=_documents(positions, batch_size, missing) if packed and mask is None else None,
+            document_ids=_documents(positions, batch_size, missing) if packed else None,
+            positions=local["position_ids"],
         )
 
-    def _layout(self, seq_len):
+    def layout(self, seq_len: int) -> Layout:
+        """Who holds what of a batch with so many tokens per sequence, padding added. Raises as `shard` does."""
         multiple = length_multiple(self.size, self.mode)
         padded = padded_length(seq_len, multiple)
         if padded != seq_len and self.padding == "refuse":
@@ -192,12 +203,16 @@ def same_batch(arguments: dict, group: dist.ProcessGroup) -> bool:
 
 
 def _checksum(tensor):
-    bits = tensor.detach().contiguous().flatten()
-    if bits.is_floating_point():
-        bits = bits.to(torch.float64).view(torch.int64)
-    bits = bits.to(torch.int64)
-    weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 2654435761 % 2**31
-    return (bits * (2 * weights + 1)).sum()
+    """Order-dependent sum of a tensor's bits, int64. A mask is as large as memory allows, so some at a time."""
+    flat = tensor.detach().contiguous().flatten()
+    if flat.is_floating_point():
+        flat = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for first in range(0, flat.numel(), _CHECKED_AT_ONCE):
+        bits = flat[first : first + _CHECKED_AT_ONCE].to(torch.int64)
+        weights = torch.arange(first + 1, first + 1 + bits.numel(), device=bits.device) * 2654435761 % 2**31
+        total += (bits * (2 * weights + 1)).sum()
+    return total
 
 
 def all_batches(arguments: dict, group: dist.ProcessGroup) -> list[dict]:

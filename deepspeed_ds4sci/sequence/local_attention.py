@@ -4,7 +4,7 @@
 | name | runs | masks and biases |
 |---|---|---|
 | tiled | this package, any device and dtype | all; memory grows with the tile, not with S^2 |
-| math, efficient | torch SDPA with that backend | all, as one explicit [B, H, S, S] tensor; dropout: math only |
+| math, efficient | torch SDPA with that backend | all, as one explicit [B|1, H|1, S, S] tensor; dropout: math only |
 | flash, cudnn | torch SDPA with that backend (flash is FlashAttention-2) | causal only |
 | flex | torch flex_attention, compiled on a GPU; no backward on the CPU | all but float masks and dropout |
 | flash_attn | the flash_attn package, v1 or v2 interface | causal; v2 also window and ALiBi |
@@ -50,8 +50,17 @@ def unsupported_reason(implementation: str, rules: ScoreRules) -> str | None:
     refused = sorted(needs - accepted)
     if refused:
         return f'"{implementation}" does not support {", ".join(refused)}; "tiled" does'
+    return unavailable_reason(implementation, "") if implementation == "flash_attn" else None
+
+
+def unavailable_reason(implementation: str, device_type: str) -> str | None:
+    """Why an implementation cannot train on this kind of device ("cpu", "cuda"); None: it can."""
     if implementation == "flash_attn" and not _flash_attn():
         return 'the package flash_attn cannot be imported; "flash" is FlashAttention-2 as torch ships it'
+    if device_type == "cpu" and implementation in ("efficient", "cudnn", "flash_attn"):
+        return f'"{implementation}" needs a CUDA GPU; "flash", "math" and "tiled" work on the CPU'
+    if device_type == "cpu" and implementation == "flex":
+        return '"flex" has no backward pass on the CPU; "tiled" takes the same masks'
     return None
 
 
@@ -100,7 +109,7 @@ def _sdpa(q, k, v, rules, implementation):
         bias = rules.bias(q.detach(), ((0, seq_len),), (0, seq_len))
         visible = (bias > float("-inf")).any(-1, keepdim=True)
         # Backends differ on rows without keys; such a row sees all keys here and is set to 0 below.
-        bias = torch.where(visible, bias, 0.0)
+        bias = bias.masked_fill_(~visible, 0.0)
     if rules.dropout_p:
         output = _math_with_dropout(q, k, v, bias, rules)
     else:

@@ -89,3 +89,19 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return ctx.layout.shard(grad, 1, ctx.rank).contiguous() * ctx.factor, None, None, None
+
+
+def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """The same tensor, whose gradient is multiplied by `factor` on its way back."""
+    return _ScaleGradient.apply(tensor, factor)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, factor):
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None

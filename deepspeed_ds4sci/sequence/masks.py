@@ -56,7 +56,8 @@ class MaskFactory:
         document_ids: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         custom: torch.Tensor | MaskRule | None = None,
-        num_heads: int = 1,
+        heads: Range = (0, 1),
+        num_samples: int = 1,
     ) -> torch.Tensor:
         """The rows of a mask that one rank needs.
 
@@ -68,8 +69,10 @@ class MaskFactory:
             document_ids: [B, S] int64, see `SequenceParallelAttention`; a negative id is padding.
             padding_mask: [B, S] bool or 0/1, True = a token: padding sees and is seen by nothing.
             custom: [B|1, H|1, S, S] or [B|1, H|1, Q, S], bool (True = keep) or, for a float factory, a float bias; or
-                a function (batch, head, query, key) -> bool of global index tensors.
-            num_heads: heads that a function is asked for; 1 when it does not depend on the head.
+                a function (batch, head, query, key) -> bool of global index tensors, on the device where masks are
+                built. A square one may be smaller than S: what lies beyond it is padding.
+            heads: global numbers [first, stop) of the heads that a function is asked for; one when it does not look at
+                them. num_samples: the same for samples.
 
         Returns:
             [B|1, H|1, Q, S] on `device`. All conditions hold at once for a kept element.
@@ -89,12 +92,13 @@ class MaskFactory:
             right=right,
             documents=_documents(document_ids, padding_mask, seq_len, device),
             mask_rule=custom if is_rule else None,
+            first_head=heads[0],
         )
         tensor = None if custom is None or is_rule else self._checked_custom(custom, rows, seq_len)
         num_rows = sum(stop - start for start, stop in rows)
-        batches = [x.shape[0] for x in (rules.documents, tensor) if x is not None]
-        heads = num_heads if is_rule else 1 if tensor is None else tensor.shape[1]
-        mask = torch.empty(max(batches, default=1), heads, num_rows, seq_len, dtype=self.dtype, device=device)
+        batches = [num_samples, *(x.shape[0] for x in (rules.documents, tensor) if x is not None)]
+        num_heads = heads[1] - heads[0] if is_rule else 1 if tensor is None else tensor.shape[1]
+        mask = torch.empty(max(batches), num_heads, num_rows, seq_len, dtype=self.dtype, device=device)
         row = 0
         for start, stop in rows:
             for first in range(start, stop, BLOCK_ROWS):
@@ -119,7 +123,9 @@ class MaskFactory:
 
     def _checked_custom(self, custom, rows, seq_len):
         num_rows = sum(stop - start for start, stop in rows)
-        if custom.dim() != 4 or custom.shape[3] != seq_len or custom.shape[2] not in (1, num_rows, seq_len):
+        square = custom.dim() == 4 and custom.shape[2] == custom.shape[3] <= seq_len
+        fits = custom.dim() == 4 and custom.shape[3] == seq_len and custom.shape[2] in (1, num_rows)
+        if not (square or fits):
             raise ValueError(
                 f"custom must be [B|1, H|1, {seq_len} or {num_rows} rows, {seq_len}], got {list(custom.shape)}"
             )
@@ -129,11 +135,17 @@ class MaskFactory:
 
 
 def _rows_of(tensor, block, row, first):
-    """The block's rows of a custom mask that holds all rows, the wanted rows, or one for all."""
-    num_rows, seq_len = tensor.shape[2:]
-    begin = 0 if num_rows == 1 else first if num_rows == seq_len else row
-    size = 1 if num_rows == 1 else block.shape[2]
-    return tensor[:, :, begin : begin + size].to(block.device)
+    """The block's rows of a custom mask that is square, or holds the wanted rows, or one row for all."""
+    num_rows, num_columns = tensor.shape[2:]
+    if num_rows == 1:
+        return tensor.to(block.device)
+    begin = first if num_rows == num_columns else row
+    given = tensor[:, :, begin : begin + block.shape[2]].to(block.device)
+    missing = block.shape[2] - given.shape[2], block.shape[3] - num_columns
+    if not any(missing):
+        return given
+    closed = False if tensor.dtype == torch.bool else float("-inf")
+    return torch.nn.functional.pad(given, (0, missing[1], 0, missing[0]), value=closed)
 
 
 def _documents(document_ids, padding_mask, seq_len, device):

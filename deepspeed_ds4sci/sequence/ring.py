@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from deepspeed_ds4sci.sequence.blocks import BlockKernel, SoftmaxState, accumulation_dtype
+from deepspeed_ds4sci.sequence.kept import kept
 from deepspeed_ds4sci.sequence.scores import Range, ScoreRules
 
 Ranges = tuple[Range, ...]
@@ -61,18 +62,8 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @_exact
     def forward(ctx, q, k, v, rules, ranges, group, kernel):
-        ring = _Ring(group)
-        grouped_q = _grouped(q, k.shape[2])
-        block = torch.stack([k.transpose(1, 2), v.transpose(1, 2)])  # [2, B, G, K, D]
-        state = SoftmaxState.empty(grouped_q)
-        for step in range(ring.size):
-            following = ring.pass_on(block) if step < ring.size - 1 else None
-            keys = ranges[ring.source(step)]
-            kernel.forward(grouped_q, *block, rules, ranges[ring.rank], keys, state)
-            if following is not None:
-                block = following.wait()
-        output = _ungrouped(state.output.to(q.dtype))
-        ctx.save_for_backward(q, k, v, output, state.lse)
+        output, lse = kept("ring attention", lambda: _forward(q, k, v, rules, ranges, _Ring(group), kernel))
+        ctx.save_for_backward(q, k, v, output, lse)
         ctx.fixed = rules, ranges, group, kernel
         return output
 
@@ -102,6 +93,20 @@ class _RingAttention(torch.autograd.Function):
         dk, dv = returning.wait()
         dq = _ungrouped(dq).to(q.dtype)
         return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None, None, None
+
+
+def _forward(q, k, v, rules, ranges, ring, kernel):
+    """(output [B, Q, H, D] in the dtype of q, log-sum-exp [B, G, R, Q])."""
+    grouped_q = _grouped(q, k.shape[2])
+    block = torch.stack([k.transpose(1, 2), v.transpose(1, 2)])  # [2, B, G, K, D]
+    state = SoftmaxState.empty(grouped_q)
+    for step in range(ring.size):
+        following = ring.pass_on(block) if step < ring.size - 1 else None
+        keys = ranges[ring.source(step)]
+        kernel.forward(grouped_q, *block, rules, ranges[ring.rank], keys, state)
+        if following is not None:
+            block = following.wait()
+    return _ungrouped(state.output.to(q.dtype)), state.lse
 
 
 class _Ring:

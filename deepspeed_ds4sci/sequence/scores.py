@@ -117,7 +117,7 @@ class ScoreRules:
                 keep = _both(keep, mask)
             else:
                 scores = scores + mask.to(scores.dtype)
-        return scores if keep is None else scores.masked_fill(~keep, float("-inf"))
+        return scores if keep is None else scores.masked_fill_(~keep, float("-inf"))
 
     def kept(self, shape: tuple[int, ...], queries: Range, keys: Range, device) -> torch.Tensor | None:
         """What all but `mask` keeps of scores [B, H, Q, K]: bool that broadcasts to them; None: everything."""
@@ -157,17 +157,22 @@ class ScoreRules:
         return batch, head.view(1, -1, 1, 1)
 
     def bias(self, like: torch.Tensor, queries: tuple[Range, ...], keys: Range) -> torch.Tensor:
-        """All biases and masks as one explicit float tensor [B, H, Q, K] for the rows of several ranges.
+        """All biases and masks as one explicit float tensor [B|1, H|1, Q, K] for the rows of several ranges. One for
+        all samples or heads where they do not differ.
 
         Args:
             like: any tensor whose batch, heads, dtype and device are taken: [B, H, ...].
         """
         parts, row = [], 0
+        given = [self.mask.shape[:2]] if self.mask is not None else []
+        samples = self.mask_rule is not None or self.documents is not None or any(size[0] > 1 for size in given)
+        heads = self.mask_rule is not None or self.slopes is not None or any(size[1] > 1 for size in given)
+        sizes = like.shape[0] if samples else 1, like.shape[1] if heads else 1
         for start, stop in queries:
-            shape = (*like.shape[:2], stop - start, keys[1] - keys[0])
+            shape = (*sizes, stop - start, keys[1] - keys[0])
             parts.append(self.apply(like.new_zeros(shape), (start, stop), keys, row))
             row += stop - start
-        return torch.cat(parts, 2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def for_heads(self, first: int, stop: int) -> "ScoreRules":
         """The rules of heads [first, stop) of those held here; heads past the end are padding and have no bias."""
@@ -175,7 +180,10 @@ class ScoreRules:
         def select(tensor, axis):
             if tensor is None or tensor.shape[axis] == 1 and axis == 1:
                 return tensor
-            kept = tensor.narrow(axis, min(first, tensor.shape[axis]), max(min(stop, tensor.shape[axis]) - first, 0))
+            kept = tensor
+            if self.num_heads in (None, tensor.shape[axis]):  # else they have been selected
+                begin = min(first, tensor.shape[axis])
+                kept = tensor.narrow(axis, begin, max(min(stop, tensor.shape[axis]) - begin, 0))
             missing = stop - first - kept.shape[axis]
             if not missing:
                 return kept

@@ -29,6 +29,14 @@ def heads_per_rank(heads: int, groups: int, size: int) -> tuple[int, int, int]:
     return per_rank, per_rank, heads // groups
 
 
+def own_heads(heads: int, size: int, rank: int) -> tuple[int, int]:
+    """Numbers [first, stop) of the query heads that a rank attends with, padding heads left out. A rank that has only
+    padding is given the last head."""
+    per_rank = padded_length(heads, size) // size
+    first = min(rank * per_rank, heads - 1)
+    return first, min(first + per_rank, heads)
+
+
 def tokens_for_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup):
     """q [B, S, H, D], k, v [B, S, G, D] -> [B, P * S, h, D], [B, P * S, g, D] twice: this rank's heads."""
     size = dist.get_world_size(group)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import tiny_models
-from tests.distributed.engine_worker import Case, full, gradient, relative_error
+from tests.distributed.engine_worker import Case, full, gradient, relative_error, scale_of
 
 
 def message_of(function, *args, **kwargs):
@@ -128,6 +128,30 @@ def own_loss(stage):
     return worst, tuple(shape)
 
 
+def own_image_loss(stage):
+    """As own_loss, for images, whose whole sequence ends in one vector; and the difference of the logits."""
+    model = tiny_models.build("vit")
+    reference = copy.deepcopy(model)
+    batch = tiny_models.batch("vit", 2, 0, 0)
+    weights = torch.tensor([0.3, 1.7])
+
+    def loss_of(run):
+        logits = run(pixel_values=batch["pixel_values"]).logits
+        return (torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none") * weights).sum(), logits
+
+    expected, theirs = loss_of(reference)
+    expected.backward()
+    engine, *_ = engine_of(case=Case("vit", stage=stage, mode="ring"), model=model)
+    loss, ours = loss_of(engine)
+    engine.backward(loss)
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    worst = max(
+        relative_error(gradient(engine, p), gradients[name], scale_of(name, gradients))
+        for name, p in engine.module.named_parameters()
+    )
+    return worst, (ours - theirs).abs().max().item()
+
+
 def evaluation():
     """Differences of logits, hidden states and loss from one rank's, in evaluation and on a longer sequence."""
     model = tiny_models.build("esm").eval()
@@ -178,6 +202,14 @@ def refusals():
     found["length"] = message_of(strict, **tiny_models.batch("gpt2", 1, 15, 0))
     found["table of a rotary model"] = message_of(engine_of, "llama", case=Case("llama", sharded_table=True))
     found["tiling of another model"] = message_of(engine_of, case=Case("gpt2", features={"tiling": {"mlp": 4}}))
+    pooled = tiny_models.build("vit").vit
+    pooled.pooler = torch.nn.Identity()
+    found["images with a pooling layer"] = message_of(engine_of, model=pooled)
+    for what, features in (
+        ("masks of images", {"attention_mask": {"kind": "custom"}}),
+        ("positions of images", {"position_embedding": {"kind": "alibi"}}),
+    ):
+        found[what] = message_of(engine_of, "vit", case=Case("vit", features=features))
     found["nothing changed"] = message_of(engine_of, model=_without_attention())
     adagrad = Case("gpt2", sharded_table=True, optimizer={"type": "Adagrad", "params": {"lr": 0.1}})
     found["table with another optimizer"] = message_of(engine_of, case=adagrad)

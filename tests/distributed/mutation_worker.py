@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepspeed_ds4sci.hooks.host_memory import HostPool
+from deepspeed_ds4sci.sequence.loss import scale_gradient
 from tests.distributed.behaviour_worker import engine_of
 from tests.distributed.engine_worker import Case, gathered_table, run_case
 
@@ -51,6 +53,32 @@ def local_positions(engine):
     object.__setattr__(sharder, "_positions", positions)
 
 
+def rows_of_another_rank(engine):
+    """An explicit mask for the queries of the neighbour in the ring."""
+    masks = engine.ds4sci_sequence.masks
+    masks.rank = 1 - masks.rank
+
+
+def slopes_of_other_heads(engine):
+    """Trap 12: ALiBi's slopes in another order than the heads."""
+    state = engine.ds4sci_sequence
+    state.slopes = state.slopes.flip(0)
+
+
+def image_counted_half(engine):
+    """What every rank computes alike, counted like a part of the sequence."""
+    engine.module.vit.layernorm.register_forward_hook(lambda module, inputs, output: scale_gradient(output, 0.5))
+
+
+def one_slot_for_all_layers(engine):
+    """What layers start from, written over by the next layer."""
+    pool = engine.ds4sci_checkpoint_offload.pool = HostPool(pinned=False)
+    slot = pool.take(2**20)
+    pool.take = lambda nbytes: slot
+
+
+WAITING = {"activation_checkpointing": {"kind": "full", "cpu_offload": True}}
+
 MUTATIONS = {
     "wrong scale, ZeRO 0": (Case("gpt2", stage=0), wrong_scale),
     "wrong scale, ZeRO 3": (Case("gpt2", stage=3), wrong_scale),
@@ -59,6 +87,16 @@ MUTATIONS = {
     "unshifted labels": (Case("gpt2"), unshifted_labels),
     "replicated table": (Case("gpt2", sharded_table=True), replicated_table),
     "local positions": (Case("llama"), local_positions),
+    "rows of another rank": (
+        Case("llama", mode="ring", features={"attention_mask": {"kind": "causal"}}),
+        rows_of_another_rank,
+    ),
+    "slopes of other heads": (
+        Case("gpt2", features={"position_embedding": {"kind": "alibi"}}),
+        slopes_of_other_heads,
+    ),
+    "image counted half": (Case("vit"), image_counted_half),
+    "one slot for all layers": (Case("llama", features=WAITING), one_slot_for_all_layers),
 }
 
 

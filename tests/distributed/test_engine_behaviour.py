@@ -14,6 +14,8 @@ TWO_RANKS = [
     ("in_turn", 3),
     ("own_loss", 1),
     ("own_loss", 3),
+    ("own_image_loss", 0),
+    ("own_image_loss", 3),
     ("evaluation",),
     ("refusals",),
     ("client_optimizer",),
@@ -81,6 +83,14 @@ def test_a_script_computes_its_own_loss_from_whole_logits(two_ranks, stage):
 
 
 @pytest.mark.distributed(2)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_script_computes_its_own_loss_from_the_logits_of_images(two_ranks, stage):
+    for results in two_ranks:
+        worst, difference = results["own_image_loss", stage]
+        assert worst <= 2e-6 and difference <= 1e-5
+
+
+@pytest.mark.distributed(2)
 def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
     for results in two_ranks:
         found = results["evaluation",]
@@ -97,12 +107,12 @@ def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
         ("return_dict", "NotImplementedError: return_dict=False is not supported"),
         ("past_key_values", "NotImplementedError: the argument 'past_key_values' of GPT2LMHeadModel cannot be split"),
         ("logits_to_keep", "NotImplementedError: the argument 'logits_to_keep' of GPT2LMHeadModel cannot be split"),
-        ("no tokens", "ValueError: GPT2LMHeadModel got neither input_ids nor inputs_embeds"),
+        ("no tokens", "ValueError: GPT2LMHeadModel got no input_ids or inputs_embeds"),
         ("different batches past the engine", "ValueError: the 2 ranks of a sequence group called the model with"),
         ("different batches without labels", "NotImplementedError: the ranks of a sequence group brought different"),
         ("mask of another length", "ValueError: attention_mask must have 16 tokens on axis 1, got shape (1, 15)"),
         ("three axes", "ValueError: attention_mask must be [B, S] or [B|1, H|1, S, S], got shape (1, 16, 16)"),
-        ("unknown model", "NotImplementedError: sequences of Linear cannot be split over GPUs; models that can: "),
+        ("unknown model", "NotImplementedError: sequences of Linear cannot be split over GPUs, nor can its"),
         ("mpu", "NotImplementedError: a ds4sci block makes its own process groups; leave out the mpu argument"),
         ("size", "ValueError: ds4sci.sequence_parallel.size must divide the number of ranks = 2, got 3"),
         ("length", "ValueError: the batch has 15 tokens per sequence, which is no multiple of 2"),
@@ -111,6 +121,9 @@ def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
             "NotImplementedError: ds4sci.position_embedding.kind = learned needs a model with",
         ),
         ("tiling of another model", "NotImplementedError: ds4sci.tiling works with the decoder of deepspeed_ds4sci"),
+        ("images with a pooling layer", "NotImplementedError: ViTModel with a pooling layer cannot be split"),
+        ("masks of images", "NotImplementedError: ds4sci.attention_mask does not go with ViTForImageClassification"),
+        ("positions of images", "NotImplementedError: ViTForImageClassification learns positions in the plane"),
         ("nothing changed", "ValueError: ds4sci.sequence_parallel is enabled but changes nothing in GPT2LMHeadModel"),
         ("table with another optimizer", "NotImplementedError: a sharded position table is trained with SGD, Adam"),
     ],

@@ -19,6 +19,41 @@ FIVE_CLIPPED_STEPS = {**ADAMW, "clipping": 0.3, "steps": 5, "variant": "adamw-cl
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 GRID = {"ulysses": 2, "ring": 2}
 
+
+def recomputed(kind, cpu_offload=False):
+    return {"activation_checkpointing": {"kind": kind, "cpu_offload": cpu_offload}}
+
+
+def mask(kind, **others):
+    return {"attention_mask": {"kind": kind, "cpu_threshold": 8, **others}}
+
+
+def positions(kind="model", scaling=None):
+    return {"position_embedding": {"kind": kind, **({"scaling": scaling} if scaling else {})}}
+
+
+YARN = {"kind": "yarn", "factor": 4.0, "original_length": 4}
+RULE = "tests.helpers.mask_rules:strided_by_head"
+# One rank has whole sequences: what a block changes besides.
+ONE_RANK = [
+    Case("llama", size=1, stage=3, variant="padding", features=mask("causal")),
+    Case("gpt2", size=1, accumulation=2, variant="documents", features=mask("document")),
+    Case("esm", size=1, stage=2, features=mask("custom", rule=RULE)),
+    Case("genslm-rotary", size=1, stage=1, variant="documents", features=mask("document")),
+    Case("gpt_neox", size=1, stage=1, variant="window", features={"attention": {"sliding_window": 5}}),
+    Case("vit", size=1, stage=1, variant="tiled", features={"attention": {"implementation": "tiled"}}),
+    Case("gpt2", size=1, stage=2, variant="to-alibi", features=positions("alibi")),
+    Case("gpt2", size=1, stage=1, variant="to-rotary", features=positions("rotary")),
+    Case("llama", size=1, stage=3, variant="yarn", features=positions(scaling=YARN)),
+    Case(
+        "llama",
+        size=1,
+        stage=2,
+        variant="tiled-and-kept",
+        features={"attention": {"implementation": "tiled"}, **recomputed("keep_attention", True)},
+    ),
+]
+
 TWO_RANKS = [
     *(
         Case(model, stage=stage, mode="ulysses" if (stage + index) % 2 else "ring", accumulation=1 + (stage // 2))
@@ -55,6 +90,32 @@ TWO_RANKS = [
         features={"activation_checkpointing": {"kind": "full", "every_n_layers": 2}},
     ),
     Case("esm", stage=1, variant="recomputed", features={"activation_checkpointing": {"kind": "selective"}}),
+    Case("llama", mode="ring", stage=3, variant="kept-attention", features=recomputed("keep_attention", True)),
+    Case("genslm-rotary", mode="ulysses", stage=1, variant="kept-attention", features=recomputed("keep_attention")),
+    Case("genslm-alibi", mode="ring", stage=2, accumulation=2, variant="waiting", features=recomputed("full", True)),
+    Case("gpt2", stage=3, sharded_table=True, variant="waiting", features=recomputed("full", True)),
+    Case("llama", mode="ring", stage=3, seq_len=13, variant="padding", features=mask("causal")),
+    Case("gpt2", stage=1, sharded_table=True, seq_len=13, variant="documents", features=mask("document")),
+    Case("gpt_neox", mode="ring", stage=2, variant="documents", features=mask("document", cpu_threshold=99)),
+    Case("llama", mode="ring", stage=1, seq_len=13, variant="custom-mask", features=mask("custom")),
+    Case("gpt2", stage=2, variant="custom-mask", features=mask("custom")),
+    Case("esm", mode="ring", seq_len=13, features=mask("custom", rule=RULE)),
+    Case("genslm-rotary", stage=3, seq_len=13, features=mask("custom", rule=RULE)),
+    Case("genslm-alibi", mode="ring", stage=1, seq_len=13, variant="documents", features=mask("document")),
+    Case("llama", mode="ring", stage=2, seq_len=13, variant="window", features={"attention": {"sliding_window": 5}}),
+    Case("genslm-rotary", seq_len=13, variant="window", features={"attention": {"sliding_window": 5}}),
+    Case("gpt2", mode="ring", stage=2, seq_len=13, variant="to-alibi", features=positions("alibi")),
+    Case("gpt2", stage=3, seq_len=13, variant="to-rotary", features=positions("rotary")),
+    Case("llama", stage=1, variant="to-alibi", features=positions("alibi")),
+    Case("esm", mode="ring", stage=1, seq_len=13, variant="to-alibi", features=positions("alibi")),
+    Case("llama", mode="ring", stage=3, variant="yarn", features=positions(scaling=YARN)),
+    Case("gpt_neox", variant="linear", features=positions(scaling={"kind": "linear", "factor": 4.0})),
+    Case("esm", stage=2, variant="ntk", features=positions(scaling={"kind": "ntk", "factor": 4.0})),
+    Case("genslm-learned", mode="ring", seq_len=13, stage=2, variant="to-alibi", features=positions("alibi")),
+    Case("genslm-learned", stage=3, variant="to-ntk", features=positions("rotary", {"kind": "ntk", "factor": 2.0})),
+    Case("vit"),
+    Case("vit", mode="ring", stage=3, accumulation=2),
+    Case("vit", mode="ring", stage=1, variant="recomputed", features=recomputed("full")),
     Case("gpt2", sharded_table=True, stage=0, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=2, **FIVE_CLIPPED_STEPS),
     Case("gpt2", sharded_table=True, stage=3, **FIVE_CLIPPED_STEPS),
@@ -73,8 +134,19 @@ FOUR_RANKS = [
     Case("llama", size=4, mode="ulysses"),
     Case("esm", size=4, mode=GRID, stage=1, seq_len=19, variant="odd-length"),
     Case("gpt2", size=4, mode=GRID, stage=3, sharded_table=True, seq_len=18, variant="odd-length"),
+    Case("gpt2", size=4, mode=GRID, stage=1, seq_len=19, features=mask("custom", rule=RULE)),
+    Case("genslm-rotary", size=4, mode=GRID, stage=2, seq_len=19, variant="documents", features=mask("document")),
+    Case("gpt2", size=4, mode=GRID, stage=3, seq_len=19, variant="to-alibi", features=positions("alibi")),
+    Case("genslm-rotary", size=4, mode=GRID, stage=1, variant="yarn", features=positions(scaling=YARN)),
+    Case("vit", size=2, stage=2, mode="ring", accumulation=2),
+    Case("vit", size=4, stage=3, mode=GRID),
     Case("gpt2", size=2, stage=2, sharded_table=True, **FIVE_CLIPPED_STEPS),
 ]
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return run_distributed(run_cases, 1, ONE_RANK, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +165,12 @@ def check(case, results):
         assert isinstance(errors[case.id], dict), f"rank {rank}: {errors[case.id]}"
         for kind, (error, where) in errors[case.id].items():
             assert error <= limits[kind], f"{kind} on rank {rank}: {error:.2e} of the largest value in {where}"
+
+
+@pytest.mark.distributed(1)
+@pytest.mark.parametrize("case", ONE_RANK, ids=lambda case: case.id)
+def test_one_rank_trains_like_a_plain_model(case, one_rank):
+    check(case, one_rank)
 
 
 @pytest.mark.distributed(2)

@@ -88,6 +88,26 @@ def _esm():
     )
 
 
+def _vit():
+    """Nine patches and a class token."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=12,
+            patch_size=4,
+            hidden_size=HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.1,
+            num_labels=5,
+        )
+    )
+
+
 def _genslm(position_embedding, **settings):
     from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
 
@@ -116,6 +136,7 @@ BUILDERS = {
     "gpt2": _gpt2,
     "llama": _llama,
     "esm": _esm,
+    "vit": _vit,
 }
 
 
@@ -130,8 +151,11 @@ def build(name):
 
 
 def batch(name, rows, seq_len, seed, ignored=0.3):
-    """`rows` sequences with labels, of which a share does not count."""
+    """`rows` sequences with labels, of which a share does not count; or images, each with one."""
     generator = torch.Generator().manual_seed(seed)
+    if name == "vit":
+        images = torch.randn(rows, 3, 12, 12, generator=generator)
+        return {"pixel_values": images, "labels": torch.randint(5, (rows,), generator=generator)}
     tokens = torch.randint(5, VOCAB, (rows, seq_len), generator=generator)
     labels = tokens.clone()
     labels[torch.rand(labels.shape, generator=generator) < ignored] = -100

@@ -44,7 +44,22 @@ def test_no_block_is_none_and_an_empty_block_asks_for_nothing():
         ),
         ({"attention_mask": {"kind": "block"}}, r"ds4sci\.attention_mask\.kind: .*'document'.*got 'block'"),
         ({"position_embedding": {"sharded": True}}, r'sharded needs kind "learned", got \'model\''),
+        ({"position_embedding": {"scaling": {"factor": 2.0}}}, r'scaling: factor .* no effect with kind "none"'),
+        (
+            {"position_embedding": {"scaling": {"kind": "ntk"}}},
+            r'scaling: a factor of 1 has no effect .*"ntk"',
+        ),
+        (
+            {"position_embedding": {"scaling": {"kind": "ntk", "factor": 2.0, "original_length": 9}}},
+            r'original_length has an effect with kind "yarn" only',
+        ),
+        (
+            {"position_embedding": {"kind": "alibi", "scaling": {"kind": "ntk", "factor": 2.0}}},
+            r"position_embedding: scaling needs rotary positions, got 'alibi'",
+        ),
         ({"activation_checkpointing": {"cpu_offload": True}}, r"have no effect with kind"),
+        ({"attention_mask": {"kind": "causal", "rule": "a:b"}}, r'rule needs kind "custom", got \'causal\''),
+        ({"attention_mask": {"kind": "custom", "rule": "a.b"}}, r'rule must be "module:function", got \'a\.b\''),
     ],
 )
 def test_refuses_with_the_dotted_path(features, message):
@@ -82,25 +97,11 @@ def with_parallel(**others):
     "ds_config, error, message",
     [
         (block(sequence_parallel={"size": 2, "mode": "megatron"}), NotImplementedError, "mode = megatron .*tensor"),
-        (block(position_embedding={"kind": "alibi"}), NotImplementedError, "position_embedding.kind = alibi"),
-        (block(position_embedding={"kind": "rotary"}), NotImplementedError, "position_embedding.kind = rotary"),
-        (
-            block(position_embedding={"scaling": {"kind": "yarn", "factor": 4}}),
-            NotImplementedError,
-            r"position_embedding\.scaling",
-        ),
         (block(position_embedding={"kind": "learned"}), NotImplementedError, "learned without sharded"),
         (
             block(position_embedding={"kind": "learned", "sharded": True}),
             ValueError,
             r"sharded needs ds4sci\.sequence_parallel\.size of at least 2",
-        ),
-        (block(attention={"sliding_window": 4}), NotImplementedError, "attention without sequence_parallel"),
-        (block(attention_mask={"kind": "custom"}), NotImplementedError, "attention_mask.kind = custom"),
-        (
-            block(activation_checkpointing={"kind": "full", "cpu_offload": True}),
-            NotImplementedError,
-            r"activation_checkpointing\.cpu_offload",
         ),
         (with_parallel(sequence_parallel_size=2), ValueError, "sequence_parallel_size and ds4sci"),
         (with_parallel(tensor_parallel={"autotp_size": 2}), NotImplementedError, "tensor_parallel.autotp_size"),
@@ -206,13 +207,55 @@ def test_check_explains_in_plain_words(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "features, words",
+    [
+        (
+            {"attention": {"implementation": "flash", "sliding_window": 9}},
+            ('Attention is computed by "flash" or, where that cannot be, refused.', "attends to 9 tokens, itself"),
+        ),
+        (
+            {"attention_mask": {"kind": "document"}, "sequence_parallel": {"size": 4, "mode": "ring"}},
+            (
+                "under a mask of documents, built for each batch: on the device up to 16384 tokens, above in CPU",
+                "Each GPU holds one of every 4 rows of it.",
+            ),
+        ),
+        (
+            {"attention_mask": {"kind": "custom", "rule": "a:b"}, "sequence_parallel": {"size": 4}},
+            ("under the mask of a:b", "Each GPU holds all rows of it."),
+        ),
+        (
+            {"position_embedding": {"kind": "alibi"}},
+            ("The model gets ALiBi, a penalty that grows with distance, in place of those it was built with.",),
+        ),
+        (
+            {"position_embedding": {"scaling": {"kind": "yarn", "factor": 4.0}}},
+            ("Rotary angles are scaled (yarn) for 4 times the length trained on.",),
+        ),
+        ({"attention_mask": {"cpu_threshold": 4096}}, ("attention_mask.cpu_threshold has no effect",)),
+        (
+            {"activation_checkpointing": {"kind": "keep_attention", "every_n_layers": 2, "cpu_offload": True}},
+            (
+                "One of every 2 layers is computed again in the backward pass, but for attention; what it starts from",
+                "waits in CPU memory and comes back one layer ahead",
+            ),
+        ),
+    ],
+)
+def test_check_explains_each_feature(tmp_path, capsys, features, words):
+    assert main(["check", write(tmp_path / "ds.json", json.dumps(block(**features)))]) == 0
+    out = capsys.readouterr().out
+    assert all(each in out for each in words), out
+
+
+@pytest.mark.parametrize(
     "text, message",
     [
         ('{"ds4sci": {', "is not valid JSON"),
         ("[1]", "must hold one JSON object, got list"),
         ('{"ds4sci": {}, "ds4sci": {}}', "gives the key 'ds4sci' twice"),
         ('{"ds4sci": {"tiling": {"mpl": 1}}}', "ds4sci.tiling.mpl: unknown key"),
-        ('{"ds4sci": {"attention_mask": {"kind": "causal"}}}', "attention_mask.kind = causal is not supported"),
+        ('{"ds4sci": {"position_embedding": {"kind": "learned"}}}', "learned without sharded is not supported"),
         ('{"ds4sc": {}}', "misspelt 'ds4sci'"),
     ],
 )

@@ -26,6 +26,7 @@ TRAPS = {
     10: [(TRAINING, 'variant="odd-length"'), (BEHAVIOUR, '("length", "ValueError')],
     11: [(TRAINING, '("gpt_neox", "gpt2", "llama", "esm")')],
     12: [(TRAINING, 'variant="custom-mask"'), (TRAINING, 'Case("genslm-alibi", mode="ring"')],
+    13: [("unit/hooks/test_relative_positions.py", "test_angles_are_exact_beyond_a_million_positions")],
     15: [(BEHAVIOUR, "test_batch_arithmetic_divides"), (CHECKPOINT, "another_number_of_ranks_per_sequence")],
 }
 

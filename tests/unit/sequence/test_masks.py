@@ -43,10 +43,10 @@ def test_masks_are_the_definition_and_slices_are_their_rows(case, threshold):
     custom = given.pop("mask", None)
     factory = MaskFactory(cpu_threshold=threshold)
     heads = 4 if callable(custom) else 1
-    whole = factory(SEQ_LEN, custom=custom, num_heads=heads, **given)
+    whole = factory(SEQ_LEN, custom=custom, heads=(0, heads), **given)
     if callable(custom):  # the sample is known only from another input; here there is none
         whole = whole.expand(2, -1, -1, -1).clone()
-        whole[1] = factory(SEQ_LEN, custom=lambda b, h, i, j: custom(b + 1, h, i, j), num_heads=heads, **given)[0]
+        whole[1] = factory(SEQ_LEN, custom=lambda b, h, i, j: custom(b + 1, h, i, j), heads=(0, heads), **given)[0]
     assert torch.equal(whole.expand(2, 4, -1, -1), expected_keep(2, 4, **arguments))
     if callable(custom):
         return
@@ -154,7 +154,7 @@ def test_bad_arguments_are_named(call, message):
 
 
 def test_a_rule_may_be_asked_for_heads():
-    built = MaskFactory()(SEQ_LEN, causal=False, custom=block_rule, num_heads=2)
+    built = MaskFactory()(SEQ_LEN, causal=False, custom=block_rule, heads=(0, 2))
     assert built.shape == (1, 2, SEQ_LEN, SEQ_LEN) and built[:, 0].all() and not built[:, 1].all()
 
 

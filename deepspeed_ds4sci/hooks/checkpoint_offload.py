@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What checkpointed layers start from, kept in CPU memory between the forward and the backward pass.
+
+On a GPU the copies run on a stream of their own: out while the layer computes, and back one layer ahead of the
+backward pass. At most two such tensors are on the device at a time, next to the layer at work.
+"""
+
+import weakref
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from deepspeed_ds4sci.hooks.host_memory import HostPool
+
+
+class CheckpointOffload:
+    """Moves one tensor of each checkpointed call. One per engine.
+
+    Use: `with offload.of(hidden): checkpoint(function, hidden, ...)`.
+    """
+
+    def __init__(self):
+        self.pool: HostPool | None = None  # made at the first use, which knows the device
+        self._stream = None
+        self._latest = lambda: None  # weak reference to the tensor that left last
+
+    def of(self, tensor: torch.Tensor) -> saved_tensors_hooks:
+        """A context in which `tensor`, where autograd saves it, is kept in CPU memory; other tensors stay."""
+
+        def pack(saved):
+            if saved.data_ptr() != tensor.data_ptr() or saved.shape != tensor.shape:
+                return saved.detach()
+            return self._leave(saved.detach())
+
+        return saved_tensors_hooks(pack, _unpack)
+
+    def _leave(self, tensor):
+        if self.pool is None:
+            self._start(tensor.device)
+        before = self._latest()
+        if before is not None:
+            before.settle()
+        away = _Away(tensor, self.pool, self._stream, self._latest)
+        self._latest = weakref.ref(away)
+        return away
+
+    def _start(self, device):
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError(
+                f"ds4sci.activation_checkpointing.cpu_offload works on CUDA and CPU devices, got {device}"
+            )
+        self.pool = HostPool(pinned=device.type == "cuda")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _unpack(packed):
+    return packed.back() if isinstance(packed, _Away) else packed
+
+
+class _Away:
+    """One tensor in CPU memory. `on_device` is set while it is also on the device: leaving, or fetched ahead."""
+
+    def __init__(self, tensor, pool, stream, before):
+        self.pool, self.stream, self.before = pool, stream, before
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.on_device = self.copied = self.slot = None
+        self.slot = pool.take(tensor.nbytes)
+        if stream is None:
+            self._host().copy_(tensor)
+        else:
+            self.on_device = tensor.contiguous()
+            self._copy(self._host(), self.on_device)
+
+    def back(self) -> torch.Tensor:
+        """The tensor on its device; the one that left before it starts to come back."""
+        if self.stream is None:
+            return self._host().clone()
+        self.fetch()
+        tensor = self.on_device
+        self.settle()
+        before = self.before()
+        if before is not None:
+            before.fetch()
+        return tensor
+
+    def fetch(self):
+        """Starts the copy to the device, unless it is there."""
+        if self.on_device is None and self.stream is not None:
+            self.on_device = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            self._copy(self.on_device, self._host())
+
+    def settle(self):
+        """Lets go of the tensor on the device once no copy from or to it is under way."""
+        if self.on_device is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.on_device = None
+
+    def _host(self):
+        return self.slot.view(self.shape, self.dtype)
+
+    def _copy(self, target, source):
+        # The source may still be written, or the target's memory read by its former owner.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            self.copied = self.stream.record_event()
+
+    def __del__(self):
+        self.settle()
+        if self.slot is not None:  # else there was no memory
+            self.pool.give_back(self.slot)

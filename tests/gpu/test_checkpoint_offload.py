@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that wait in page-locked memory, and kept attention outputs, on a CUDA GPU."""
+
+import copy
+
+import pytest
+import torch
+
+from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
+from tests.unit.hooks.test_activation_checkpointing import assert_same, gradients, with_hook
+
+pytestmark = pytest.mark.gpu
+
+LAYERS, HIDDEN, TOKENS = 8, 512, 10_000
+CHECKPOINT = TOKENS * HIDDEN * 2  # bytes in bf16; not a power of two
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = GenSLMConfig(HIDDEN, LAYERS, 8, 2 * HIDDEN, TOKENS)
+    return GenSLM(config).to("cuda", torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokens = torch.randint(5, 69, (1, TOKENS), device="cuda")
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def peak_of(model, batch):
+    """Peak bytes of one forward and backward pass beyond what was there, and the gradients."""
+    gradients(model, batch)  # warm-up: slots, autotuning, gradients
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = gradients(model, batch)
+    return torch.cuda.max_memory_allocated() - before, found
+
+
+@pytest.mark.parametrize("kind", ["full", "keep_attention"])
+def test_offload_changes_no_bit_and_frees_the_layers_inputs(model, batch, kind):
+    plain_peak, expected = peak_of(with_hook(model, kind=kind)[0], batch)
+    offloaded, offload = with_hook(model, kind=kind, cpu_offload=True)
+    peak, found = peak_of(offloaded, batch)
+    assert_same(found, expected)
+    # Two tensors are on the device at a time, and one more while the next layer's comes.
+    assert plain_peak - peak >= (LAYERS - 3) * CHECKPOINT
+    slots = offload.pool._free
+    assert len(slots) == LAYERS and all(slot.bytes.is_pinned() for slot in slots)
+    assert CHECKPOINT <= slots[0].capacity < CHECKPOINT + 4096
+
+
+def test_keep_attention_trades_memory_for_the_second_attention(model, batch):
+    full_peak, expected = peak_of(with_hook(model, kind="full")[0], batch)
+    kept_peak, found = peak_of(with_hook(model, kind="keep_attention")[0], batch)
+    assert_same(found, expected)
+    assert (LAYERS - 2) * CHECKPOINT <= kept_peak - full_peak <= (LAYERS + 1) * CHECKPOINT
+
+
+def test_steps_in_a_row_reuse_slots_without_mixing_them_up(model):
+    """Copies of one step may still run when the next begins."""
+    offloaded, _ = with_hook(model, kind="full", cpu_offload=True)
+    plain = copy.deepcopy(model)
+    for step in range(4):
+        tokens = torch.randint(5, 69, (1, TOKENS - 1000 * step), device="cuda")
+        batch = {"input_ids": tokens, "labels": tokens}
+        assert_same(gradients(offloaded, batch), gradients(plain, batch))

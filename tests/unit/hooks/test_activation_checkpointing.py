@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recomputed layers train like kept ones, bit for bit; what waits in CPU memory is freed and used again."""
+
+import pytest
+import torch
+
+from deepspeed_ds4sci.hooks.host_memory import HostPool
+from deepspeed_ds4sci.sequence import blocks
+from tests.distributed import tiny_models
+from tests.unit.hooks import apply
+
+SETTINGS = [
+    {"kind": kind, **others}
+    for kind in ("full", "selective", "keep_attention")
+    for others in ({}, {"cpu_offload": True}, {"cpu_offload": True, "every_n_layers": 2})
+]
+
+
+def with_hook(model, **block):
+    """A copy of the model with the hook on, and its offload object."""
+    model, _, context = apply.with_hooks(model, activation_checkpointing=block)
+    return model, context.extras["activation_checkpointing"]
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same(ours, theirs):
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.equal(our, their)
+
+
+@pytest.mark.parametrize("block", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["genslm-rotary", "genslm-alibi", "gpt_neox", "gpt2", "llama", "esm"])
+def test_trains_bit_for_bit_like_the_plain_model(name, block):
+    model = tiny_models.build(name)
+    checkpointed, _ = with_hook(model, **block)
+    batch = tiny_models.with_padding(tiny_models.batch(name, 2, 16, 0), [16, 11])
+    assert_same(gradients(checkpointed, batch), gradients(model, batch))
+
+
+@pytest.mark.parametrize("implementation", ["flash", "tiled"])
+def test_every_memory_feature_at_once(implementation):
+    """Tiles are recomputed inside of layers that are recomputed without their attention."""
+    model = tiny_models.build("genslm-rotary")
+    ours, *_ = apply.with_hooks(
+        model,
+        attention={"implementation": implementation},
+        activation_checkpointing={"kind": "keep_attention", "cpu_offload": True},
+        tiling={"mlp": 5, "loss": 7},
+    )
+    batch = tiny_models.batch("genslm-rotary", 2, 16, 0)
+    apply.assert_trains_like(ours, batch, model, batch)
+
+
+def test_position_ids_that_start_again_mean_what_they_meant():
+    """With a cache, which training under recomputation goes without, transformers sees one document."""
+    model = tiny_models.build("llama")
+    checkpointed, _ = with_hook(model, kind="full")
+    batch = {**tiny_models.batch("llama", 2, 16, 0), "position_ids": torch.arange(16)[None] % 6}
+    assert_same(gradients(checkpointed, batch), gradients(model, batch))
+    packed = {**batch, "use_cache": False}
+    assert_same(gradients(checkpointed, packed), gradients(model, packed))
+    assert not torch.equal(gradients(model, packed)[0], gradients(model, batch)[0])
+    with pytest.raises(ValueError, match="use_cache = True does not go with ds4sci.activation_checkpointing"):
+        checkpointed(**batch, use_cache=True)
+
+
+def test_two_graphs_at_once_keep_their_own_tensors():
+    model = tiny_models.build("llama")
+    checkpointed, _ = with_hook(model, kind="full", cpu_offload=True)
+
+    def summed(run):
+        run.zero_grad()
+        losses = [run(**tiny_models.batch("llama", 1, length, length)).loss for length in (16, 9)]
+        sum(losses).backward()
+        return [p.grad for p in run.parameters()]
+
+    assert_same(summed(checkpointed), summed(model))
+
+
+def test_slots_are_used_again_and_follow_the_longest_batch():
+    checkpointed, offload = with_hook(tiny_models.build("llama"), kind="full", cpu_offload=True)
+    held = []
+    for length in (16, 16, 8, 64, 64):
+        gradients(checkpointed, tiny_models.batch("llama", 64, length, 0))
+        held.append(offload.pool.held_bytes)
+    per_layer = 64 * 64 * tiny_models.HIDDEN * 4
+    assert held[0] == held[1] == held[2] == tiny_models.LAYERS * per_layer // 4
+    assert held[3] == held[4] == tiny_models.LAYERS * per_layer
+    assert len(offload.pool._free) == tiny_models.LAYERS
+
+
+def test_a_forward_pass_without_backward_gives_its_slots_back():
+    checkpointed, offload = with_hook(tiny_models.build("llama"), kind="full", cpu_offload=True)
+    batch = tiny_models.batch("llama", 2, 16, 0)
+    for _ in range(3):
+        checkpointed(**batch)
+    gradients(checkpointed, batch)
+    assert len(offload.pool._free) <= 2 * tiny_models.LAYERS
+    with torch.no_grad():
+        held = offload.pool.held_bytes
+        checkpointed(**batch)
+    assert offload.pool.held_bytes == held
+
+
+def test_the_pool_rounds_up_to_pages_only():
+    pool = HostPool(pinned=False)
+    slot = pool.take(5 * 2**20 + 1)
+    assert slot.capacity == 5 * 2**20 + 4096 == pool.held_bytes
+    assert slot.bytes.data_ptr() % 4096 == 0
+    pool.give_back(slot)
+    assert pool.take(100) is slot  # the smallest that is large enough
+    pool.give_back(slot)
+    larger = pool.take(6 * 2**20)
+    assert larger is not slot and pool.held_bytes == larger.capacity
+
+
+@pytest.mark.parametrize("kind, runs", [("full", 2), ("keep_attention", 1)])
+def test_keep_attention_does_not_attend_again(kind, runs, monkeypatch):
+    """Tiled attention: the forward pass of a tile runs once per layer, and once more only where it is recomputed."""
+    calls = []
+    forward = blocks._tile_forward
+
+    def counted(*args):
+        calls.append(1)
+        return forward(*args)
+
+    monkeypatch.setattr(blocks, "_tile_forward", counted)
+    checkpointed, _ = with_hook(tiny_models.build("genslm-alibi"), kind=kind)
+    gradients(checkpointed, tiny_models.batch("genslm-alibi", 1, 16, 0))
+    assert len(calls) == runs * tiny_models.LAYERS
+
+
+class _Counts(torch.utils._python_dispatch.TorchDispatchMode):
+    """How often the CPU's fused attention runs."""
+
+    forwards = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.forwards += function is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind, runs", [("full", 2), ("keep_attention", 1)])
+def test_keep_attention_does_not_run_the_fused_kernel_again(kind, runs):
+    checkpointed, _ = with_hook(tiny_models.build("llama"), kind=kind)
+    with _Counts() as counts:
+        gradients(checkpointed, tiny_models.batch("llama", 1, 16, 0))
+    assert counts.forwards == runs * tiny_models.LAYERS
+
+
+def test_keep_attention_refuses_attention_it_cannot_keep():
+    checkpointed, _ = with_hook(tiny_models.build("llama"), kind="keep_attention")
+    checkpointed.config._attn_implementation = "eager"
+    with pytest.raises(NotImplementedError, match="met no attention whose output it can keep in LlamaDecoderLayer"):
+        checkpointed(**tiny_models.batch("llama", 1, 16, 0))
+
+
+def test_a_second_backward_pass_says_that_kept_outputs_are_gone():
+    checkpointed, _ = with_hook(tiny_models.build("llama"), kind="keep_attention")
+    loss = checkpointed(**tiny_models.batch("llama", 1, 16, 0)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="its backward pass runs a second time"):
+        loss.backward()
+
+
+def test_dropout_masks_are_the_same_in_both_passes():
+    model = tiny_models.build("gpt2")
+    for name, module in model.named_modules():
+        if name.endswith(("drop", "resid_dropout", "mlp.dropout")):  # with dropout, attention is not fused
+            module.p = 0.3
+    checkpointed, _ = with_hook(model, kind="keep_attention", cpu_offload=True)
+    batch = tiny_models.batch("gpt2", 2, 16, 0)
+    torch.manual_seed(5)
+    expected = gradients(model, batch)
+    torch.manual_seed(5)
+    assert_same(gradients(checkpointed, batch), expected)
