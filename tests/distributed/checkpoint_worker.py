@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.distributed import tiny_models
 from tests.distributed.behaviour_worker import engine_of, message_of
-from tests.distributed.engine_worker import Case, full, gathered_table
+from tests.distributed.engine_worker import Case, full, gathered_table, on_device
 
 ADAMW = {"type": "AdamW", "params": {"lr": 0.02, "torch_adam": True}}
 
@@ -30,7 +30,7 @@ def train(engine, steps, first, size):
     for step in range(first, first + steps):
         batch = tiny_models.batch("gpt2", groups.dp_size, 16, step)
         rows = {name: value[groups.dp_rank : groups.dp_rank + 1] for name, value in batch.items()}
-        engine.backward(engine(**rows).loss)
+        engine.backward(engine(**on_device(rows)).loss)
         engine.step()
 
 
@@ -141,5 +141,6 @@ def run(calls):
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed(dist.get_backend())
+    torch.use_deterministic_algorithms(True, warn_only=True)  # runs are compared bit by bit; on a GPU some ops vary
     return {(name, *arguments): globals()[name](folder, *arguments) for name, folder, *arguments in calls}

@@ -95,13 +95,24 @@ def gradient(engine, parameter):
     return safe_get_full_grad(parameter).clone()
 
 
+def device():
+    """This rank's."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().current_device_name()
+
+
+def on_device(batch):
+    return {name: value.to(device()) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
 def one_rank(case, model, rows, optimizer):
     """The reference: the whole batch on this rank alone, plain PyTorch. Returns losses and the last gradients."""
     losses, gradients = [], {}
     for step in range(case.steps):
         optimizer.zero_grad()
         for batch in case.micro_batches(step, rows):
-            loss = model(**batch).loss
+            loss = model(**on_device(batch)).loss
             (loss / case.accumulation).backward()
             losses.append(loss.item())
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -157,7 +168,7 @@ def run_case(case, mutate=None):
 
     world = dist.get_world_size()
     dp_size, dp_rank = world // case.size, dist.get_rank() // case.size
-    model = tiny_models.build(case.model)
+    model = tiny_models.build(case.model).to(device())
     reference = copy.deepcopy(model)
     make = getattr(torch.optim, case.optimizer["type"])
     parameters = {name: value for name, value in case.optimizer["params"].items() if name != "torch_adam"}
@@ -175,7 +186,7 @@ def run_case(case, mutate=None):
     expected_losses = iter(losses)
     for step in range(case.steps):
         for batch in case.micro_batches(step, dp_size):
-            loss = engine(**share(batch, dp_rank, dp_size)).loss
+            loss = engine(**on_device(share(batch, dp_rank, dp_size))).loss
             engine.backward(loss)
             expected = next(expected_losses)
             record("loss", abs(loss.item() - expected) / abs(expected), f"step {step}")
@@ -204,7 +215,7 @@ def run_cases(cases):
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed(dist.get_backend())
     results = {}
     for case in cases:
         try:
