@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from deepspeed_ds4sci.config import check_combinations, read_block
 from deepspeed_ds4sci.hooks.context import HookContext
+from deepspeed_ds4sci.hooks.engine_checkpoint import install_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def wrap_init(original):
             return
         context = _before(config, deepspeed_config, call.arguments)
         original(*call.args, **call.kwargs)
+        install_checkpoint(self, context)
         for hook in _enabled(config):
             hook.after_engine(self, context)
 

@@ -9,7 +9,6 @@ import torch
 
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
-from deepspeed_ds4sci.hooks.random_checkpoint import RandomCheckpoint
 from deepspeed_ds4sci.hooks.sequence_state import RankRandom, SequenceState
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
@@ -75,7 +74,6 @@ class SequenceParallelHook:
 
     def after_engine(self, engine, context):
         engine.ds4sci_sequence = context.sequence
-        RandomCheckpoint(engine, context.sequence).install()
         engine.forward = functools.partial(_forward_in_turn, engine, engine.forward)
 
 

@@ -40,4 +40,4 @@ def test_resumes_bit_exactly(tmp_path):
     calls = [("resume", str(tmp_path / str(stage)), stage) for stage in (1, 3)]
     deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     for results in run_distributed(checkpoint_worker.run, 2, calls, backend="nccl", **deterministic):
-        assert all(results["resume", stage][0] == [] for stage in (1, 3))
+        assert all(different == [] for different, _ in results.values())
