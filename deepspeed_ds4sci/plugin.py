@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every hook into DeepSpeed, in one place: `enable()`, `disable()`, and the table HOOKS.
+"""Every hook into DeepSpeed: `enable()`, `disable()`, and the table HOOKS. Those around training are functions of
+`_training_hooks`.
 
 A hook runs right after DeepSpeed's module of that name has been imported, or at once if it was imported earlier.
 Nothing is touched before DeepSpeed is used, and the top module `deepspeed` never is: its import may be running while
@@ -17,7 +18,7 @@ import importlib
 import logging
 import sys
 
-from deepspeed_ds4sci import _autoload, _logging
+from deepspeed_ds4sci import _autoload, _logging, _training_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -280,33 +281,6 @@ def _hook_own_builder(module):
             _run_hook(name, sys.modules[name])
 
 
-def _hook_config(module):
-    """The `ds4sci` block is read with DeepSpeed's own keys, before batch sizes are computed."""
-    original = module.DeepSpeedConfig._initialize_params
-
-    @functools.wraps(original)
-    def _initialize_params(self, param_dict):
-        from deepspeed_ds4sci.hooks.engine import read_config
-
-        original(self, param_dict)
-        read_config(self, param_dict)
-
-    _replace(module.DeepSpeedConfig, "_initialize_params", _initialize_params)
-
-
-def _hook_engine(module):
-    """The block's features are applied around DeepSpeedEngine.__init__, which PipelineEngine and others inherit."""
-    original = module.DeepSpeedEngine.__init__
-
-    @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
-        from deepspeed_ds4sci.hooks.engine import wrap_init
-
-        wrap_init(original)(self, *args, **kwargs)
-
-    _replace(module.DeepSpeedEngine, "__init__", __init__)
-
-
 HOOKS = {
     "deepspeed.accelerator.cpu_accelerator": _hook_accelerator,
     "deepspeed.accelerator.cuda_accelerator": _hook_accelerator,
@@ -317,8 +291,7 @@ HOOKS = {
     "deepspeed.ops.deepspeed4science": _hook_deepspeed4science,
     "deepspeed.git_version_info": _hook_git_version_info,
     _BUILDER_MODULE: _hook_own_builder,
-    "deepspeed.runtime.config": _hook_config,
-    "deepspeed.runtime.engine": _hook_engine,
+    **{name: functools.partial(hook, _replace) for name, hook in _training_hooks.HOOKS.items()},
 }
 
 

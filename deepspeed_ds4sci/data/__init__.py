@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protein alignments: parsers, splits, masked-MSA examples."""
+"""Protein alignments: parsers, splits, masked-MSA examples. And a sampler that resumes, for any data."""
 
 from deepspeed_ds4sci.data.alignments import Alignment, read_alignment
 from deepspeed_ds4sci.data.masked_msa import (
@@ -10,6 +10,7 @@ from deepspeed_ds4sci.data.masked_msa import (
     column_profile,
     hide_residues,
 )
+from deepspeed_ds4sci.data.resumable import ResumableSampler
 from deepspeed_ds4sci.data.split import split_held_out
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "HeldOutExamples",
     "MaskedMSADataset",
     "Masking",
+    "ResumableSampler",
     "column_profile",
     "hide_residues",
     "read_alignment",

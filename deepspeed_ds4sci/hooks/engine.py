@@ -9,12 +9,14 @@ once.
 import functools
 import inspect
 import logging
+import os
 
 import torch
 import torch.distributed as dist
 
 from deepspeed_ds4sci.config import check_combinations, read_block
 from deepspeed_ds4sci.hooks.context import HookContext
+from deepspeed_ds4sci.hooks.engine_checkpoint import install_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def wrap_init(original):
             return
         context = _before(config, deepspeed_config, call.arguments)
         original(*call.args, **call.kwargs)
+        install_checkpoint(self, context)
         for hook in _enabled(config):
             hook.after_engine(self, context)
 
@@ -63,6 +66,7 @@ def wrap_init(original):
 def _before(config, deepspeed_config, arguments):
     model = arguments["model"]
     _refuse(model, arguments)
+    _use_own_device(arguments.get("args"))
     parameters = arguments.get("model_parameters")
     context = HookContext(
         config=config,
@@ -81,6 +85,15 @@ def _before(config, deepspeed_config, arguments):
     if context.mpu is not None:
         arguments["mpu"] = context.mpu
     return context
+
+
+def _use_own_device(args):
+    """Makes this rank's device the current one, as DeepSpeed's __init__ will: the hooks communicate before that."""
+    from deepspeed.accelerator import get_accelerator
+
+    rank = getattr(args, "device_rank", os.environ.get("LOCAL_RANK"))
+    if rank is not None and int(rank) >= 0:
+        get_accelerator().set_device(int(rank))
 
 
 def _enabled(config):

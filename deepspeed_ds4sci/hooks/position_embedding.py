@@ -14,6 +14,7 @@ from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.hooks.relative_positions import replace_positions
 from deepspeed_ds4sci.hooks.table_checkpoint import TableCheckpoint
 from deepspeed_ds4sci.hooks.table_optimizer import TableOptimizer
+from deepspeed_ds4sci.hooks.whole_table import guard_state_dicts
 from deepspeed_ds4sci.sequence.position_table import ShardedPositionEmbedding
 
 
@@ -26,6 +27,11 @@ class EngineTable(ShardedPositionEmbedding):
     """
 
     output_dtype: torch.dtype = torch.float32
+    name = ""
+    """In the model."""
+
+    in_state_dict: torch.Tensor | bool | None = None
+    """What state_dict() of the model has of the table: this tensor; nothing (None); or True: it is refused."""
 
     def hide(self):
         weight = self._parameters.pop("weight")
@@ -35,7 +41,14 @@ class EngineTable(ShardedPositionEmbedding):
         return super().forward(position_ids).to(self.output_dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Nothing: `TableCheckpoint` writes the rows beside DeepSpeed's files."""
+        if self.in_state_dict is True:
+            raise RuntimeError(
+                f"state_dict() of the model would lack {self.name}, of which each rank holds a part, and so would "
+                "save_pretrained(): take deepspeed_ds4sci.checkpoint.whole_state_dict(engine) on all ranks and pass "
+                "it on, or call engine.save_16bit_model"
+            )
+        if self.in_state_dict is not None:
+            destination[prefix + "weight"] = self.in_state_dict
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """A whole table, from a checkpoint of an unsharded model, is taken; its absence is no error."""
@@ -85,7 +98,9 @@ class PositionEmbeddingHook:
             engine, replaced.table, context.groups, context.sequence.divisor, replaced.group_index
         )
         engine.ds4sci_table_optimizer = optimizer
-        TableCheckpoint(engine, replaced.name, replaced.table, optimizer).install()
+        engine.ds4sci_checkpoint.parts.append(TableCheckpoint(replaced.name, replaced.table, optimizer))
+        replaced.table.name = replaced.name
+        guard_state_dicts(engine, replaced.table)
 
 
 def _learned_table(model) -> tuple[str, nn.Embedding]:

@@ -9,7 +9,6 @@ import torch
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.hooks.family import bound_arguments
-from deepspeed_ds4sci.hooks.random_checkpoint import RandomCheckpoint
 from deepspeed_ds4sci.hooks.sequence_state import RankRandom, detach, new_state
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
 from deepspeed_ds4sci.sequence.inputs import all_batches, same_batch
@@ -48,7 +47,6 @@ class SequenceParallelHook:
 
     def after_engine(self, engine, context):
         engine.ds4sci_sequence = context.sequence
-        RandomCheckpoint(engine, context.sequence).install()
         engine.forward = functools.partial(_forward_in_turn, engine, engine.forward)
 
 

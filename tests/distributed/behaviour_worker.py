@@ -58,6 +58,28 @@ def one_path():
     return results
 
 
+def device_in_time():
+    """The devices that had been made current when the hooks first communicated."""
+    from unittest import mock
+
+    from deepspeed.accelerator import get_accelerator
+
+    from deepspeed_ds4sci.hooks import position_embedding
+
+    chosen, found, broadcast = [], [], position_embedding._broadcast_rows
+
+    def recording(weight, groups):
+        found.extend(chosen)
+        broadcast(weight, groups)
+
+    with (
+        mock.patch.object(get_accelerator(), "set_device", chosen.append),
+        mock.patch.object(position_embedding, "_broadcast_rows", recording),
+    ):
+        engine_of(case=Case("gpt2", sharded_table=True))
+    return found
+
+
 def batch_sizes():
     """(train batch, micro batch, accumulation, data-parallel size) for train_batch_size 1 on all ranks."""
     config = Case("gpt2").ds_config(1)

@@ -7,17 +7,35 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from deepspeed_ds4sci.checkpoint import exported_state_dict, to_universal, whole_state_dict
 from tests.distributed import tiny_models
 from tests.distributed.behaviour_worker import engine_of, message_of
-from tests.distributed.engine_worker import Case, full, gathered_table
+from tests.distributed.engine_worker import Case, full, gathered_table, on_device, relative_error
 
-ADAMW = {"type": "AdamW", "params": {"lr": 0.02, "torch_adam": True}}
+# The key bias has no gradient but rounding, which a smaller eps would turn into steps.
+ADAMW = {"type": "AdamW", "params": {"lr": 0.02, "eps": 1e-4, "torch_adam": True}}
+ROWS = 4  # sequences of a step, however many ranks there are
 
 
-def make(stage, size, model="gpt2", table=True, dropout=0.0):
-    case = Case(model, size=size, stage=stage, sharded_table=table, optimizer=ADAMW, clipping=0.5)
-    config = case.ds_config(dist.get_world_size() // size)
+def make(stage, size, model="gpt2", table=True, dropout=0.0, mode="ulysses", universal=False):
+    """An engine; size 1: without a `ds4sci` block."""
+    case = Case(
+        model,
+        size=size,
+        mode=mode,
+        stage=stage,
+        sharded_table=table,
+        optimizer=ADAMW,
+        clipping=0.5,
+        zero={"stage3_gather_16bit_weights_on_model_save": True},
+    )
+    dp_size = dist.get_world_size() // size
+    config = case.ds_config(dp_size)
+    if size == 1:
+        del config["ds4sci"]
+    config |= {"train_batch_size": ROWS, "gradient_accumulation_steps": ROWS // dp_size}
     config["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": 0.05}}
+    config["checkpoint"] = {"load_universal": universal}
     built = tiny_models.build(model)
     for module in built.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -26,12 +44,14 @@ def make(stage, size, model="gpt2", table=True, dropout=0.0):
 
 
 def train(engine, steps, first, size):
-    groups = engine.ds4sci_sequence.groups
+    dp_size = dist.get_world_size() // size
     for step in range(first, first + steps):
-        batch = tiny_models.batch("gpt2", groups.dp_size, 16, step)
-        rows = {name: value[groups.dp_rank : groups.dp_rank + 1] for name, value in batch.items()}
-        engine.backward(engine(**rows).loss)
-        engine.step()
+        # As many labels in each row: the mean of micro-batches is then that of the step, whoever takes which row.
+        batch = tiny_models.batch("gpt2", ROWS, 16, step, ignored=0)
+        for row in range(dist.get_rank() // size, ROWS, dp_size):
+            rows = {name: value[row : row + 1] for name, value in batch.items()}
+            engine.backward(engine(**on_device(rows)).loss)
+            engine.step()
 
 
 def snapshot(engine):
@@ -41,11 +61,20 @@ def snapshot(engine):
         optimizer = engine.ds4sci_table_optimizer
         table, state = optimizer.table, optimizer.optimizer.state[optimizer.table.weight]
         found["table"] = gathered_table(table, table.weight.detach())
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in ("exp_avg", "exp_avg_sq") if state else ():  # there is none before the first step
             found[f"table {key}"] = gathered_table(table, state[key])
-        found["table steps"] = torch.as_tensor(float(state["step"]))
+        found["table steps"] = torch.as_tensor(float(state.get("step", 0)))
+    if "transformer.wpe.weight" in found:
+        found["table"] = found.pop("transformer.wpe.weight")
     found["lr"] = torch.tensor(engine.get_lr())
     return found
+
+
+def distance(one, other):
+    """(largest distance of two snapshots, of what), relative to the tensor's largest value, over what both have."""
+    names = one.keys() & other.keys()
+    assert {"table", "lr", "transformer.wte.weight"} <= names
+    return max((relative_error(one[name], other[name]), name) for name in names)
 
 
 def differences(one, other):
@@ -68,17 +97,130 @@ def resume(folder, stage):
     return differences(expected, snapshot(other)), sorted(os.listdir(Path(folder) / "global_step2"))
 
 
-def other_size(folder, stage, saved_size, loaded_size):
-    """What differs between the engine that saved and one with another number of ranks per sequence that loaded."""
-    engine = make(stage, saved_size)
-    train(engine, 2, 0, saved_size)
+def switched(folder, saved, loaded):
+    """Two steps, save, two steps; against an engine of another kind that loads and takes the last two.
+
+    saved, loaded: (ZeRO stage, ranks per sequence, mode). Another stage goes through a universal checkpoint, and so
+    does a table that is sharded in one of the two only.
+    """
+    (stage, size, mode), (other_stage, other_size, other_mode) = saved, loaded
+    universal = stage != other_stage or 1 in (size, other_size)
+    engine = make(stage, size, mode=mode, table=size > 1)
+    train(engine, 2, 0, size)
     engine.save_checkpoint(folder)
-    saved = snapshot(engine)
-    other = make(stage, loaded_size)
+    train(engine, 2, 2, size)
+    if dist.get_rank() == 0 and universal:
+        to_universal(Path(folder) / "global_step2")
+    dist.barrier()
+    other = make(other_stage, other_size, mode=other_mode, table=other_size > 1, universal=universal)
     other.load_checkpoint(folder)
-    loaded = snapshot(other)
-    train(other, 1, 2, loaded_size)
-    return differences(saved, loaded)
+    train(other, 2, 2, other_size)
+    return distance(snapshot(engine), snapshot(other))
+
+
+def other_stage_refused(folder):
+    """The message of loading a checkpoint whose optimizer states do not fit, and what that changed in the engine."""
+    engine = make(1, 2)
+    train(engine, 1, 0, 2)
+    engine.save_checkpoint(folder)
+    other = make(3, 2)
+    before = snapshot(other)
+    return message_of(other.load_checkpoint, folder), differences(before, snapshot(other))
+
+
+def saved_by_two_ranks(folder):
+    """What four ranks are to go on from; rank 0 leaves what two ranks come to."""
+    engine = make(1, 2)
+    train(engine, 2, 0, 2)
+    engine.save_checkpoint(folder)
+    train(engine, 2, 2, 2)
+    found = snapshot(engine)
+    if dist.get_rank() == 0:
+        to_universal(Path(folder) / "global_step2")
+        torch.save(found, Path(folder) / "expected.pt")
+    dist.barrier()
+
+
+def loaded_by_four_ranks(folder):
+    """(distance from what two ranks come to, the message without conversion)."""
+    message = message_of(make(1, 4).load_checkpoint, folder)
+    engine = make(1, 4, mode={"ulysses": 2, "ring": 2}, universal=True)
+    engine.load_checkpoint(folder)
+    train(engine, 2, 2, 4)
+    return distance(torch.load(Path(folder) / "expected.pt"), snapshot(engine)), message
+
+
+def exported(folder, stage):
+    """For each way to a whole state dict: what differs from the weights, and how far the logits of a plain model that
+    loads it are from the engine's. And the message of a state dict that would lack the table."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    engine = make(stage, 2)
+    train(engine, 2, 0, 2)
+    engine.save_checkpoint(folder)
+    refusal = message_of(engine.module.state_dict)
+    state = whole_state_dict(engine)
+    engine.save_16bit_model(folder, "model.bin")
+    tokens = {"input_ids": tiny_models.batch("gpt2", 2, 16, 9)["input_ids"]}
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(**tokens).logits
+    weights = snapshot(engine)
+    if dist.get_rank() != 0:
+        return state, refusal
+    expected = {name: each for name, each in weights.items() if name != "lr" and not name.startswith("table")}
+    expected["transformer.wpe.weight"] = weights["table"]
+    engine.module.save_pretrained(f"{folder}/pretrained", state_dict=dict(state))  # it empties the dict
+    ways = {
+        "whole_state_dict": state,
+        "save_pretrained": type(engine.module).from_pretrained(f"{folder}/pretrained").state_dict(),
+        "save_16bit_model": torch.load(Path(folder) / "model.bin"),
+        "export": exported_state_dict(folder),
+    }
+    if stage > 0:
+        ways["zero_to_fp32"] = get_fp32_state_dict_from_zero_checkpoint(folder)
+    plain, found = tiny_models.build("gpt2").eval(), {}
+    for way, each in ways.items():
+        plain.load_state_dict(dict(each))
+        with torch.no_grad():
+            distance = (plain(**tokens).logits - logits).abs().max().item()
+        found[way] = differences(expected, {name: each[name] for name in expected}), distance
+    return found, refusal
+
+
+def data_position(folder):
+    """(samples that would have come after a save, those that come after a load, what a loader already begun gives)."""
+
+    def loader_of():
+        case = Case("gpt2", stage=1, sharded_table=True, optimizer=ADAMW)
+        numbers = [{"input_ids": torch.full((4,), n), "labels": torch.full((4,), n)} for n in range(12)]
+        engine, _, loader, _ = engine_of(case=case, training_data=numbers)
+        return engine, loader
+
+    def samples(loader):
+        return [int(batch["input_ids"][0, 0]) for batch in loader]
+
+    engine, loader = loader_of()
+    batches = iter(loader)
+    for _ in range(5):
+        engine.backward(engine(**next(batches)).loss)
+        engine.step()
+    engine.save_checkpoint(folder)
+    rest = samples(batches)
+    whole = samples(loader)
+    other, other_loader = loader_of()
+    begun = iter(other_loader)
+    next(begun)
+    other.load_checkpoint(folder)
+    after = samples(begun)
+    third, third_loader = loader_of()
+    third.load_checkpoint(folder)
+    return {
+        "rest": rest,
+        "begun": after,
+        "loaded": samples(third_loader),
+        "next epoch": samples(third_loader) == whole,
+    }
 
 
 def damaged(folder):
@@ -97,13 +239,23 @@ def damaged(folder):
             action()
         dist.barrier()
 
+    train(engine, 1, 1, 2)
+    later = snapshot(engine)
     on_rank_0(lambda: shard.unlink())
     found["missing"] = message_of(engine.load_checkpoint, folder)
     on_rank_0(lambda: shard.write_bytes(content[: len(content) // 2]))
     found["damaged"] = message_of(engine.load_checkpoint, folder)
     on_rank_0(lambda: shard.write_bytes(content))
-
-    train(engine, 1, 1, 2)
+    for name, path in (
+        ("missing of DeepSpeed", shard.with_name("zero_pp_rank_1_mp_rank_00_optim_states.pt")),
+        ("manifest", shard.with_name("ds4sci_checkpoint.json")),
+    ):
+        whole = path.read_bytes()
+        on_rank_0(path.unlink if name.startswith("missing") else lambda path=path: path.write_text("{"))
+        found[name] = message_of(engine.load_checkpoint, folder)
+        on_rank_0(lambda path=path, whole=whole: path.write_bytes(whole))
+    found["tag"] = message_of(engine.load_checkpoint, folder, tag="global_step9")
+    found["changed"] = differences(later, snapshot(engine))
     save = engine._save_checkpoint
 
     def crash(*args, **kwargs):
@@ -133,7 +285,7 @@ def unsharded(folder):
     other.load_checkpoint(folder, load_optimizer_states=False)
     table = other.ds4sci_table_optimizer.table
     loaded = gathered_table(table, table.weight.detach())
-    return torch.equal(saved["transformer.wpe.weight"], loaded)
+    return torch.equal(saved["table"], loaded)
 
 
 def run(calls):
@@ -141,5 +293,8 @@ def run(calls):
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    deepspeed.init_distributed("gloo")
-    return {(name, *arguments): globals()[name](folder, *arguments) for name, folder, *arguments in calls}
+    deepspeed.init_distributed(dist.get_backend())
+    if dist.get_backend() == "nccl":  # runs are compared bit by bit, and some ops of a GPU vary
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed's buckets have 5e8 elements
+    return {call: globals()[name](folder, *arguments) for call, (name, folder, *arguments) in enumerate(calls)}

@@ -94,13 +94,24 @@ def gradient(engine, parameter):
     return safe_get_full_grad(parameter).clone()
 
 
+def device():
+    """This rank's."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().current_device_name()
+
+
+def on_device(batch):
+    return {name: value.to(device()) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
 def one_rank(case, model, rows, optimizer):
     """The reference: the whole batch on this rank alone, plain PyTorch. Returns losses and the last gradients."""
     losses, gradients = [], {}
     for step in range(case.steps):
         optimizer.zero_grad()
         for batch in case.micro_batches(step, rows):
-            loss = oracle.run(case, model, batch).loss
+            loss = oracle.run(case, model, batch, on_device).loss
             (loss / case.accumulation).backward()
             losses.append(loss.item())
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -158,7 +169,8 @@ def run_case(case, mutate=None):
     world = dist.get_world_size()
     dp_size, dp_rank = world // case.size, dist.get_rank() // case.size
     model = tiny_models.build(case.model)
-    reference = oracle.reference_model(case, model)
+    reference = oracle.reference_model(case, model).to(device())
+    model = model.to(device())
     make = getattr(torch.optim, case.optimizer["type"])
     parameters = {name: value for name, value in case.optimizer["params"].items() if name != "torch_adam"}
     losses, gradients = one_rank(case, reference, dp_size, make(reference.parameters(), **parameters))
@@ -175,7 +187,7 @@ def run_case(case, mutate=None):
     expected_losses = iter(losses)
     for step in range(case.steps):
         for batch in case.micro_batches(step, dp_size):
-            loss = engine(**share(batch, dp_rank, dp_size)).loss
+            loss = engine(**on_device(share(batch, dp_rank, dp_size))).loss
             engine.backward(loss)
             expected = next(expected_losses)
             record("loss", abs(loss.item() - expected) / abs(expected), f"step {step}")
@@ -204,7 +216,7 @@ def run_cases(cases):
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed(dist.get_backend())
     results = {}
     for case in cases:
         try:

@@ -6,7 +6,7 @@ import json
 
 import deepspeed
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=-1)
@@ -15,14 +15,16 @@ parser = deepspeed.add_config_arguments(parser)
 arguments = parser.parse_args()
 
 torch.manual_seed(0)
-model = GPTNeoXForCausalLM(
-    GPTNeoXConfig(
+model = GPT2LMHeadModel(
+    GPT2Config(
         vocab_size=11,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -33,6 +35,7 @@ engine, _, loader, _ = deepspeed.initialize(
 )
 losses = []
 for batch in loader:
+    batch = {name: value.to(engine.device) for name, value in batch.items()}
     loss = engine(**batch).loss
     engine.backward(loss)
     engine.step()

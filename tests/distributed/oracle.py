@@ -92,9 +92,9 @@ def _rotated():
     return "rotated_by_complex_numbers"
 
 
-def run(case, model, batch):
-    """The reference model's output for a batch."""
-    batch = reference_batch(case, batch)
+def run(case, model, batch, place):
+    """The reference model's output for a batch, which `place` puts where the model is."""
+    batch = place(reference_batch(case, batch))
     mask = batch.get("attention_mask")
     if case.model != "esm" or mask is None or mask.dim() == 2:
         return model(**batch)

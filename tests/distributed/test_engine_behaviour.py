@@ -8,6 +8,7 @@ from tests.helpers.distributed import run_distributed
 
 TWO_RANKS = [
     ("one_path",),
+    ("device_in_time",),
     ("batch_sizes",),
     ("without_a_block",),
     ("in_turn", 0),
@@ -53,6 +54,11 @@ def test_rank_0_says_in_one_line_per_hook_what_it_changed(two_ranks):
         "optimizer state too",
     ]
     assert two_ranks[1]["one_path",][False][0] == []
+
+
+@pytest.mark.distributed(2)
+def test_each_rank_is_on_its_own_device_before_the_hooks_communicate(two_ranks):
+    assert [results["device_in_time",] for results in two_ranks] == [[0], [1]]
 
 
 @pytest.mark.distributed(2)

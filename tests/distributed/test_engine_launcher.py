@@ -21,6 +21,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
+WITH_TABLE = {
+    "sequence_parallel": {"size": 2},
+    "position_embedding": {"kind": "learned", "sharded": True},
+}
+
+
 def launch(folder, ranks, features, **variables):
     config = {
         "train_batch_size": 1,
@@ -51,30 +57,37 @@ def launch(folder, ranks, features, **variables):
         stderr=subprocess.STDOUT,
         timeout=550,  # the first start compiles DeepSpeed's shared-memory op
         env=clean_environment(
-            DS_ACCELERATOR="cpu",
-            OMP_NUM_THREADS=1,
-            # Not the shared folder: a compilation killed there leaves a lock that hangs later starts.
-            TORCH_EXTENSIONS_DIR=folder.parent / "extensions",
-            PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            **variables,
+            **{
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": 1,
+                # Not the shared folder: a compilation killed there leaves a lock that hangs later starts.
+                "TORCH_EXTENSIONS_DIR": folder.parent / "extensions",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+                **variables,
+            }
         ),
     )
     return done
 
 
-@pytest.mark.distributed(2)
-def test_an_unchanged_script_trains_like_one_rank(tmp_path):
+def check_an_unchanged_script(folder, **variables):
+    """One rank without the block against two with it."""
     found = []
-    for ranks, features in ((1, None), (2, {"sequence_parallel": {"size": 2}})):
-        done = launch(tmp_path, ranks, features)
+    for ranks, features in ((1, None), (2, WITH_TABLE)):
+        done = launch(folder, ranks, features, **variables)
         assert done.returncode == 0, done.stdout[-4000:]
-        found.append(json.loads((tmp_path / "result.json").read_text()))
+        found.append(json.loads((folder / "result.json").read_text()))
     one, two = found
     assert (one["attention"], two["attention"]) == ("sdpa", "ds4sci")
     assert (one["dp"], two["dp"]) == (1, 1)
     assert len(one["losses"]) == 4
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+
+
+@pytest.mark.distributed(2)
+def test_an_unchanged_script_trains_like_one_rank(tmp_path):
+    check_an_unchanged_script(tmp_path)
 
 
 @pytest.mark.distributed(2)

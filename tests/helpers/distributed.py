@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a function on several CPU ranks: one process per rank, gloo between them, one launch for many cases.
+"""Running a function on several ranks, one process each, one launch for many cases: CPU ranks with gloo between them,
+or a GPU per rank with NCCL.
 
 A rank that fails or dies ends the others, and the error carries what it printed; a launch that takes too long is ended
 and says which ranks were still at work.
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 _ROOT = Path(__file__).parents[2]
+_ACCELERATOR = {"gloo": {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}, "nccl": {"DS_ACCELERATOR": "cuda"}}
 _TAIL = 6000  # characters of a rank's output in an error message
 
 
@@ -24,7 +26,7 @@ class RankFailure(AssertionError):
     """A rank failed, died, or did not end in time."""
 
 
-def run_distributed(function, world_size, *arguments, timeout=300, **environment):
+def run_distributed(function, world_size, *arguments, timeout=300, backend="gloo", **environment):
     """Runs `function(*arguments)` on every rank and returns the list of what the ranks returned.
 
     Args:
@@ -32,6 +34,7 @@ def run_distributed(function, world_size, *arguments, timeout=300, **environment
         world_size: processes to start.
         arguments: anything that torch.save takes.
         timeout: seconds for the whole launch.
+        backend: "gloo": no rank sees a GPU. "nccl": rank r uses GPU r.
         environment: environment variables to set.
 
     Raises:
@@ -41,9 +44,9 @@ def run_distributed(function, world_size, *arguments, timeout=300, **environment
 
     with tempfile.TemporaryDirectory(prefix="ds4sci-ranks-") as folder:
         folder = Path(folder)
-        torch.save((function.__module__, function.__name__, arguments), folder / "call.pt")
+        torch.save((function.__module__, function.__name__, arguments, backend), folder / "call.pt")
         started = time.monotonic()
-        ranks = _start(folder, world_size, environment)
+        ranks = _start(folder, world_size, {**_ACCELERATOR[backend], **environment})
         try:
             _wait(ranks, folder, started + timeout)
         finally:
@@ -68,8 +71,6 @@ def _start(folder, world_size, environment):
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
             **{name: str(value) for name, value in environment.items()},
         }
@@ -102,9 +103,11 @@ def _tail(folder, rank):
 
 def _main(folder):
     folder = Path(folder)
-    module, name, arguments = torch.load(folder / "call.pt", weights_only=False)
+    module, name, arguments, backend = torch.load(folder / "call.pt", weights_only=False)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=60))
     result = getattr(importlib.import_module(module), name)(*arguments)
     torch.save(result, folder / f"result-{os.environ['RANK']}.pt")
     torch.distributed.barrier()

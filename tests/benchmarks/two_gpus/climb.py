@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search for the longest sequence that fits, with as few failures as possible: each one costs a new process."""
+
+from dataclasses import dataclass, field
+
+PRECISION = 1.1
+_BELOW = 0.94  # of the predicted length: where the slow climb starts
+_STEP = 1.06
+
+
+@dataclass
+class Climb:
+    """Which length to try next.
+
+    Peak memory is close to linear in the length, so after two lengths the longest is predicted; the search goes there
+    and climbs in small steps until it fails. Where the prediction was too high, it bisects.
+
+    Args:
+        start: the first length, tokens; multiple: of which every length is one; limit: none longer is tried.
+        capacity: bytes that there are.
+    """
+
+    start: int
+    multiple: int
+    limit: int
+    capacity: int
+    peaks: dict[int, int] = field(default_factory=dict)  # of what fitted, by length
+    failed: int | None = None  # the shortest that did not
+
+    @property
+    def longest(self) -> int:
+        """0 while nothing has fitted."""
+        return max(self.peaks, default=0)
+
+    def record(self, seq_len: int, peak: int | None) -> None:
+        """peak: bytes; None: out of memory."""
+        if peak is not None:
+            self.peaks[seq_len] = peak
+        else:
+            self.failed = seq_len if self.failed is None else min(seq_len, self.failed)
+
+    def next_length(self) -> int | None:
+        """None: the longest is known to PRECISION, or the limit fits."""
+        last = self.longest
+        if self.failed is not None:
+            low, high = self._rounded(last) + self.multiple, self.failed - self.multiple
+            if self.failed <= last * PRECISION or low > high:
+                return None
+            return min(max(self._rounded((max(last, self.multiple) * self.failed) ** 0.5), low), high)
+        if last >= self.limit:
+            return None
+        if not last:
+            return self.start
+        wanted = 2 * last if len(self.peaks) < 2 else max(_STEP * last, _BELOW * self._predicted())
+        return min(max(self._rounded(wanted), last + self.multiple), self.limit)
+
+    def _predicted(self):
+        (shorter, low), (longer, high) = sorted(self.peaks.items())[-2:]
+        slope = (high - low) / (longer - shorter)
+        return longer + (self.capacity - high) / slope if slope > 0 else 2 * longer
+
+    def _rounded(self, length):
+        return int(length) // self.multiple * self.multiple
