@@ -79,7 +79,7 @@ $(READY): pyproject.toml setup.py
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	@# DeepSpeed records at build time which accelerator there is, so it is built beside the torch it will run with.
 	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja packaging
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,test,lint]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,genomes,test,lint]"
 	@# A DeepSpeed of the outer environment has its launcher there, which would start the outer Python.
 	@[ -x $(BIN)/deepspeed ] || $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall \
 	    "deepspeed>=0.19.8,<0.20"
