@@ -18,9 +18,9 @@ from deepspeed_ds4sci.data.genomes.genbank import GenomeRecord, read_genbank
 from deepspeed_ds4sci.data.genomes.genes import annotated_genes, called_genes
 from deepspeed_ds4sci.data.genomes.tokenizer import CLS, PAD, SEP, GenomeTokenizer
 
-Sequences = Literal["genome", "annotated", "called"]
+Sequences = Literal["genome", "annotated", "called", "genes"]
 """genome: whole records, codons read from their first nucleotide on. annotated: the coding sequences of a GenBank
-file. called: coding sequences found by pyrodigal."""
+file. called: coding sequences found by pyrodigal. genes: annotated in a GenBank file, called in FASTA."""
 
 NO_DOCUMENT = -1
 
@@ -92,6 +92,8 @@ def token_pieces(path: Path, tokenizer: GenomeTokenizer, sequences: Sequences) -
     if sequences == "genome":
         yield from _streamed(_genbank_pieces(path) if genbank else read_fasta(path), tokenizer)
         return
+    if sequences == "genes":
+        sequences = "annotated" if genbank else "called"
     if sequences == "annotated" and not genbank:
         raise ValueError(f'{path}:1: sequences = "annotated" needs a GenBank file, got FASTA; use "called"')
     found = False

@@ -153,7 +153,7 @@ def test_a_loader_batches_and_its_workers_are_refused(files):
         (dict(context=1), "context must be at least 2, got 1"),
         (dict(shuffle=-1), "shuffle must be at least 0, got -1"),
         (dict(tokens="protein"), "tokens must be one of codon, nucleotide, got 'protein'"),
-        (dict(sequences="all"), "sequences must be one of genome, annotated, called, got 'all'"),
+        (dict(sequences="all"), "sequences must be one of genome, annotated, called, genes, got 'all'"),
         (dict(part="test"), "part must be one of all, train, held_out, got 'test'"),
         (dict(part="train"), "part = 'train' needs held_out_every of at least 2, got 0"),
         (dict(reverse_strand=True, sequences="called"), "reverse_strand needs sequences = \"genome\", got 'called'"),

@@ -126,5 +126,12 @@ def test_what_cannot_have_genes_is_refused(tmp_path):
         list(token_pieces(path, CODONS, "annotated"))
     with pytest.raises(ValueError, match=r"a\.fa:1: no coding sequence is called"):
         list(token_pieces(path, CODONS, "called"))
-    with pytest.raises(ValueError, match="sequences must be one of genome, annotated, called, got 'all'"):
+    with pytest.raises(ValueError, match="sequences must be one of genome, annotated, called, genes, got 'all'"):
         list(token_pieces(path, CODONS, "all"))
+
+
+def test_genes_are_the_annotated_ones_where_there_are_any():
+    pytest.importorskip("pyrodigal")
+    for name, sequences in (("NC_005816.gb.gz", "annotated"), ("MN908947.3.fasta.gz", "called")):
+        genes, expected = (list(token_pieces(DATA / name, CODONS, kind)) for kind in ("genes", sequences))
+        assert [piece.tokens.tolist() for piece in genes] == [piece.tokens.tolist() for piece in expected]
