@@ -21,8 +21,9 @@ HEADED_FILES = $(shell git ls-files '*.py' '*.cu' '*.cuh' '*.h' '*.cpp' '*.sh' M
 .PHONY: demo install lint format test build test-gpu bench verify report
 .DEFAULT_GOAL := test
 
-demo: $(READY)  ## the main job on what this machine has: its GPUs, else two CPU processes
+demo: $(READY)  ## both examples on what this machine has: its GPUs, else two CPU processes
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/evoformer/demo.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/genslm/demo.sh
 
 install: $(READY)  ## editable install with the development tools
 

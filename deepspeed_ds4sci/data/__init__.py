@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protein alignments: parsers, splits, masked-MSA examples."""
+"""Protein alignments: parsers, splits, masked-MSA examples. Genomes are in `data.genomes`."""
 
 from deepspeed_ds4sci.data.alignments import Alignment, read_alignment
 from deepspeed_ds4sci.data.masked_msa import (

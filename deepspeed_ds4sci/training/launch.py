@@ -33,7 +33,8 @@ def prepare_cpu() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    # DeepSpeed calls collectives by names that newer torch versions deprecate, at every step.
+    # Newer torch versions deprecate the collectives that DeepSpeed and autograd call, at every step.
+    warnings.filterwarnings("ignore", "torch.distributed", FutureWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

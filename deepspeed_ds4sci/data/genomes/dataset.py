@@ -41,7 +41,7 @@ class GenomeDataConfig:
     """Every so manieth window of a file is held out, with its reverse complement. 0: none."""
     part: Part = "all"
     shuffle: int = 0
-    """Windows of a file that are put into random order at a time; files come in random order too. 0: file order."""
+    """Windows that are put into random order together, across files, which come in random order too. 0: file order."""
     seed: int = 0
     """Of the order."""
 
@@ -99,7 +99,8 @@ class GenomeDataset(IterableDataset):
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs must be at least 1 or None, got {epochs}")
         self._origin = self._next = 0  # windows before this run, and before the next round of this run
-        self._place = (0, 0, 0)  # epoch, file in its order, number of that file's first window
+        # Epoch, the file's turn in its order, where there the block starts, the block, and its first window's number.
+        self._place = (0, 0, 0, 0, 0)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if get_worker_info() is not None:
@@ -167,37 +168,44 @@ class GenomeDataset(IterableDataset):
 
     def _numbered(self, start: int):
         """(number, place, window) from window `start` of the whole stream on, which is not before `self._place`."""
-        epoch, turn, number = self._place
+        epoch, turn, offset, block, number = self._place
         while self.epochs is None or epoch < self.epochs:
-            before = number if turn == 0 else None
-            order = self._order(epoch)
-            for place in range(turn, len(order)):
-                first = number
-                for window in self._shuffled(epoch, order[place]):
+            before = number if turn == offset == 0 else None
+            for where, windows in self._blocks(epoch, turn, offset, block):
+                place = (epoch, *where, number)
+                for window in windows:
                     if number >= start:
-                        yield number, (epoch, place, first), window
+                        yield number, place, window
                     number += 1
             if number == before:
                 raise ValueError(f"no window of part {self.config.part!r} in {', '.join(map(str, self.paths))}")
-            epoch, turn = epoch + 1, 0
+            epoch, turn, offset, block = epoch + 1, 0, 0, 0
+
+    def _blocks(self, epoch, turn, offset, block):
+        """((turn, offset, block), windows): the windows that are shuffled together, and where they start."""
+        order, held, where = self._order(epoch), [], None
+        for current in range(turn, len(order)):
+            for index, window in enumerate(self.windows_of(order[current])):
+                if current == turn and index < offset:
+                    continue
+                where = where or (current, index, block)
+                held.append(window)
+                if len(held) >= self.config.shuffle:
+                    yield where, self._shuffled(held, epoch, block)
+                    held, where, block = [], None, block + 1
+        if held:
+            yield where, self._shuffled(held, epoch, block)
 
     def _order(self, epoch):
         if not self.config.shuffle:
             return range(len(self.paths))
         return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.paths))
 
-    def _shuffled(self, epoch, file):
+    def _shuffled(self, windows, epoch, block):
         if not self.config.shuffle:
-            yield from self.windows_of(file)
-            return
-        rng = np.random.default_rng([self.config.seed, epoch, 1, file])
-        block = []
-        for window in self.windows_of(file):
-            block.append(window)
-            if len(block) == self.config.shuffle:
-                yield from (block[i] for i in rng.permutation(len(block)))
-                block = []
-        yield from (block[i] for i in rng.permutation(len(block)))
+            return windows
+        order = np.random.default_rng([self.config.seed, epoch, block, 1]).permutation(len(windows))
+        return [windows[i] for i in order]
 
     def _fits(self):
         files = [[path.name, path.stat().st_size] for path in self.paths]
