@@ -12,6 +12,7 @@ of the seed and the step, so a resumed run continues as the first one would have
 import argparse
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -150,6 +151,13 @@ def train_step(engine, batches, step: int, args: argparse.Namespace, data_rank: 
     return total.item() / dist.get_world_size()
 
 
+def placement(ds_config: dict):
+    """Where the model is made: under ZeRO-3 in parts over the ranks from the start, since it need not fit on one."""
+    if ds_config.get("zero_optimization", {}).get("stage", 0) < 3:
+        return nullcontext()
+    return deepspeed.zero.Init(config_dict_or_path=ds_config)
+
+
 def train(args: argparse.Namespace) -> HeldOutResult | None:
     """Runs the whole job; returns the last held-out result, None if the run was stopped before any."""
     rank = dist.get_rank()
@@ -158,9 +166,10 @@ def train(args: argparse.Namespace) -> HeldOutResult | None:
     config = model_config(
         args.model, args.context, TOKENIZERS[args.tokens].vocab_size, args.position_embedding, args.dropout
     )
-    model = GenSLM(config)
-    parameters = count_parameters(model)
     ds_config = load_config(args.deepspeed_config, args.steps, args.output)
+    with placement(ds_config):
+        model = GenSLM(config)
+    parameters = count_parameters(model)
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     ranks = Ranks.of(engine)
     dataset = GenomeDataset(args.genomes, data, rank=ranks.data_rank, size=ranks.data_size)
