@@ -26,7 +26,7 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     devices=(--num_gpus 1)
     config=$root/configs/genslm_25M_bf16_zero1.json
 else
-    echo "demo: a genome model on two CPU processes that share each sequence, ZeRO-2, sharded position table"
+    echo "demo: a genome model on two CPU processes that share each sequence, ZeRO-2, sharded position table, masks above their threshold"
     devices=(--num_gpus 2)
     config=$root/configs/genslm_cpu_zero2_sequence_parallel.json
     export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu

@@ -197,6 +197,7 @@ def test_a_run_writes_its_files_and_resumes_identically(tmp_path):
     status, text, records = launch(whole, "--require-beat-markov")
     assert status != 0, text
     assert "does not beat the Markov model" in text and "2 rank(s) on cpu, 2 per sequence" in text
+    assert "ds4sci.attention_mask: 2 GenSLMLayer modules attend under an explicit document mask" in text
     assert [r["step"] for r in records] == list(range(1, 9))
     assert all(np.isfinite(r["loss"]) and r["perplexity"] == pytest.approx(np.exp(r["loss"])) for r in records)
     last = records[-1]
