@@ -21,8 +21,9 @@ HEADED_FILES = $(shell git ls-files '*.py' '*.cu' '*.cuh' '*.h' '*.cpp' '*.sh' M
 .PHONY: demo install lint format test build test-gpu bench verify report
 .DEFAULT_GOAL := test
 
-demo: $(READY)  ## the main job on what this machine has: its GPUs, else two CPU processes
+demo: $(READY)  ## both examples on what this machine has: its GPUs, else two CPU processes
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/evoformer/demo.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/genslm/demo.sh
 
 install: $(READY)  ## editable install with the development tools
 
@@ -79,7 +80,7 @@ $(READY): pyproject.toml setup.py
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	@# DeepSpeed records at build time which accelerator there is, so it is built beside the torch it will run with.
 	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja packaging
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,test,lint]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,genomes,test,lint]"
 	@# A DeepSpeed of the outer environment has its launcher there, which would start the outer Python.
 	@[ -x $(BIN)/deepspeed ] || $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall \
 	    "deepspeed>=0.19.8,<0.20"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protein alignments: parsers, splits, masked-MSA examples. And a sampler that resumes, for any data."""
+"""Protein alignments: parsers, splits, masked-MSA examples. Genomes are in `data.genomes`. And a sampler that resumes,
+for any data."""
 
 from deepspeed_ds4sci.data.alignments import Alignment, read_alignment
 from deepspeed_ds4sci.data.masked_msa import (

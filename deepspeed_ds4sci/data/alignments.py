@@ -5,8 +5,6 @@ Files are read line by line; only the tokens, one byte per aligned position, sta
 file is a ValueError that starts with "path:line: ".
 """
 
-import gzip
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from deepspeed_ds4sci.data.alphabet import GAP, INVALID, encode
+from deepspeed_ds4sci.data.files import numbered_lines
 
 Format = Literal["stockholm", "a3m", "fasta"]
 
 _Line = tuple[int, str]
 _Record = tuple[int, str, str]  # line of the name, name, aligned row
 _LOWERCASE_AND_DOT = str.maketrans("", "", "abcdefghijklmnopqrstuvwxyz.")
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def read_alignment(path: str | Path, format: Format | None = None) -> Alignment:
     path = Path(path)
     if format is not None and format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))} or None, got {format!r}")
-    lines = _lines(path)
+    lines = numbered_lines(path)
     first = next(lines, None)
     while first is not None and not first[1]:
         first = next(lines, None)
@@ -82,21 +80,6 @@ def _guess_format(path: Path, first_line: str) -> Format:
     if first_line.startswith("# STOCKHOLM"):
         return "stockholm"
     return "a3m" if path.name.removesuffix(".gz").endswith(".a3m") else "fasta"
-
-
-def _lines(path: Path) -> Iterator[_Line]:
-    """Numbered lines without their ends; damaged gzip data and undecodable text become ValueError."""
-    with open(path, "rb") as raw:
-        compressed = raw.read(2) == _GZIP_MAGIC
-    number = 0
-    try:
-        with gzip.open(path, "rb") if compressed else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.decode("utf-8").rstrip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{number}: not text in UTF-8 ({error.reason})") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: damaged gzip data ({error})") from error
 
 
 def _stockholm_records(path: Path, first: _Line, lines: Iterator[_Line]) -> Iterator[_Record]:

@@ -12,6 +12,7 @@ Axes: B batch, L tokens held by this rank (all S without sequence parallelism), 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -87,19 +88,23 @@ class GenSLM(nn.Module):
     def initialize_weights(self) -> None:
         """Normal weights, zero biases; the projections back into the residual stream are smaller by sqrt(2 layers).
 
+        Weights that ZeRO-3 has partitioned (`deepspeed.zero.Init`) are gathered one module at a time and drawn on the
+        first rank, so that no rank ever holds the model.
+
         Source: Radford et al. 2019 (GPT-2).
         """
         self._tie_weights()  # `to_empty` gives the two a tensor each
         residual_std = self.config.init_std / (2 * self.config.num_layers) ** 0.5
         residual = {projection for layer in self.layers for projection in (layer.attention_output, layer.mlp[2])}
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=residual_std if module in residual else self.config.init_std)
-                if getattr(module, "bias", None) is not None:
+            with _whole_weights(module):
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    nn.init.normal_(module.weight, std=residual_std if module in residual else self.config.init_std)
+                    if getattr(module, "bias", None) is not None:
+                        nn.init.zeros_(module.bias)
+                elif isinstance(module, nn.LayerNorm):
+                    nn.init.ones_(module.weight)
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
 
     def forward(
         self,
@@ -248,6 +253,16 @@ class GenSLMLayer(nn.Module):
             return self.dropout(self.mlp(self.mlp_norm(x)))
 
         return block(hidden) if context.mlp_tile is None else tiled(block, hidden, context.mlp_tile)
+
+
+def _whole_weights(module):
+    """A context in which a module's own weights are whole; what the first rank makes of them is kept."""
+    partitioned = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
 
 
 def mean_loss(loss_sum: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:

@@ -79,8 +79,3 @@ def masked_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     logits, target = logits[hidden].float(), target[hidden]
     accuracy = (logits.argmax(dim=-1) == target).float().mean()
     return F.cross_entropy(logits, target), accuracy.detach()
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters, whole ones also where ZeRO-3 has partitioned them."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

@@ -9,21 +9,17 @@ would have gone on.
 """
 
 import argparse
-import json
-import resource
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import deepspeed
 import deepspeed.comm as dist
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from evaluation import HeldOutResult, evaluate
-from model import MaskedMSAModel, ModelConfig, count_parameters, masked_loss
-from runlog import RunLog, plot_log
+from model import MaskedMSAModel, ModelConfig, masked_loss
+from plots import plot_log
 from tqdm import tqdm
 
 from deepspeed_ds4sci.data import (
@@ -33,6 +29,16 @@ from deepspeed_ds4sci.data import (
     Masking,
     read_alignment,
     split_held_out,
+)
+from deepspeed_ds4sci.training import (
+    RunLog,
+    count_parameters,
+    load_config,
+    peak_memory,
+    prepare_cpu,
+    refresh_seconds,
+    resume,
+    seed_step,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -79,16 +85,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-def load_config(path: Path, steps: int) -> dict:
-    """The JSON config with the length of its schedule set to that of the run."""
-    config = json.loads(path.read_text())
-    parameters = config.get("scheduler", {}).get("params", {})
-    if "total_num_steps" in parameters:
-        parameters["total_num_steps"] = steps
-        parameters["warmup_num_steps"] = min(parameters["warmup_num_steps"], max(2, steps // 4))
-    return config
-
-
 def load_data(args: argparse.Namespace) -> tuple[MaskedMSADataset, HeldOutExamples, str]:
     """Training examples, held-out examples and a line that describes them."""
     alignment = read_alignment(args.alignment)
@@ -117,11 +113,6 @@ def make_batch(dataset: MaskedMSADataset, first: int, size: int, device: torch.d
     return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout of a step depends on nothing that came before."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
-
-
 def train_step(engine, dataset: MaskedMSADataset, step: int, seed: int) -> tuple[float, float]:
     """One optimizer step. Returns loss (nats) and training accuracy, mean over ranks and micro-batches."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -137,29 +128,6 @@ def train_step(engine, dataset: MaskedMSADataset, step: int, seed: int) -> tuple
         metrics += torch.stack([loss.detach(), accuracy]) / (accumulate * world_size)
     dist.all_reduce(metrics)
     return tuple(metrics.tolist())
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest over the ranks: allocated on the GPU, or resident in the process on a CPU."""
-    if device.type == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    else:
-        peak = get_accelerator().max_memory_allocated()
-    value = torch.tensor([peak / 2**30], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value.item()
-
-
-def resume(engine, args: argparse.Namespace, run: dict) -> int:
-    """Loads the last checkpoint; returns its step."""
-    path, state = engine.load_checkpoint(str(args.output / "checkpoints"))
-    if path is None:
-        raise ValueError(f"--resume needs a checkpoint, got none in {args.output / 'checkpoints'}")
-    saved = state["run"]
-    changed = [f"{name} = {saved.get(name)!r}, got {run[name]!r}" for name in run if saved.get(name) != run[name]]
-    if changed:
-        raise ValueError(f"--resume must continue the same run; the checkpoint has {'; '.join(changed)}")
-    return state["step"]
 
 
 def train(args: argparse.Namespace) -> HeldOutResult | None:
@@ -180,7 +148,7 @@ def train(args: argparse.Namespace) -> HeldOutResult | None:
     parameters = count_parameters(model)
     engine, *_ = deepspeed.initialize(model=model, config=load_config(args.config, args.steps))
     run = {name: getattr(args, name) for name in RUN_ARGUMENTS} | {"world_size": world_size}
-    start = resume(engine, args, run) if args.resume else 0
+    start = resume(engine, args.output, run)["step"] if args.resume else 0
     stop = min(args.steps, args.stop_after or args.steps)
     log_path, plot_path, checkpoints = (args.output / name for name in ("log.jsonl", "plot.png", "checkpoints"))
     if rank == 0:
@@ -212,21 +180,16 @@ def train(args: argparse.Namespace) -> HeldOutResult | None:
     progress.close()
     if start == args.steps:  # resumed at the end: nothing left to train
         result = evaluate(engine.module, examples, micro_batch, engine.device)
-    memory = peak_memory_gib(engine.device)
+    on_device, on_host = peak_memory(engine.device)
     if rank == 0:
         plot_log(log_path, plot_path, data_summary)
         print(f"log {log_path}, plot {plot_path}, checkpoints {checkpoints}")
-        print(f"{tokens_per_second:,.0f} tokens/s, peak memory {memory:.2f} GiB per rank")
+        print(f"{tokens_per_second:,.0f} tokens/s, peak memory {on_device or on_host:.2f} GiB per rank")
         if stop < args.steps:
             print(f"stopped after step {stop} of {args.steps}; --resume goes on from there")
         if result is not None:
             print(f"held-out masked accuracy: {describe(result)}")
     return result
-
-
-def refresh_seconds() -> float:
-    """Of the progress bar: often on a terminal, seldom in a log file."""
-    return 1.0 if sys.stderr.isatty() else 20.0
 
 
 def describe(result: HeldOutResult) -> str:
@@ -237,17 +200,9 @@ def describe(result: HeldOutResult) -> str:
     )
 
 
-def skip_shared_memory_collectives() -> None:
-    """On CPU, DeepSpeed compiles an op for intra-node collectives at first use, over a minute; gloo does here."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def main() -> int:
-    # DeepSpeed calls collectives by names that newer torch versions deprecate, at every step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     args = parse_arguments()
-    if get_accelerator().device_name() == "cpu":
-        skip_shared_memory_collectives()
+    prepare_cpu()
     deepspeed.init_distributed()
     result = train(args)
     missed = args.require_beat_profile and result is not None and not result.beats_profile

@@ -59,6 +59,7 @@ def test_no_value_is_auto_and_no_key_is_unknown(path):
         "optimizer",
         "scheduler",
         "bf16",
+        "tensorboard",
     }
     assert set(config) <= known
 

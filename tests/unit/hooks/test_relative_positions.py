@@ -33,7 +33,7 @@ def test_trains_like_a_model_that_was_built_so(name, block):
     batch = tiny_models.batch(name, 2, 16, 0)
 
     def run(**batch):
-        return oracle.run(case, reference, batch)
+        return oracle.run(case, reference, batch, dict)
 
     run.zero_grad, run.named_parameters = reference.zero_grad, reference.named_parameters
     assert_trains_like(ours, batch, run, batch)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts the ranks of a rung, waits as long as it may, and says how each length ended."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.benchmarks.long_sequence.worker import OUT_OF_MEMORY
+
+ROOT = Path(__file__).resolve().parents[3]
+_TAIL = 2000  # characters of output kept of a run that failed
+
+
+def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds: float | None = None) -> list[dict]:
+    """Trains on each case of job["cases"], [batch size, tokens], in turn, in new processes.
+
+    Args:
+        job: what `worker.main` reads, without its output.
+        seconds: for all of it; case_seconds: for one case, the start of the processes not counted.
+
+    Returns:
+        A record per case that was tried: see `worker.measure`. Its status is "ok", "out of memory", "time" (cut off
+        after case_seconds or seconds), "host memory" (killed by the kernel) or "failed", the last with "failure".
+    """
+    with tempfile.TemporaryDirectory(prefix="ds4sci-rung-") as folder:
+        folder = Path(folder)
+        output = folder / "output.jsonl"
+        output.touch()
+        (folder / "job.json").write_text(json.dumps({**job, "output": str(output)}))
+        processes = _start(folder, ranks, tiny)
+        try:
+            ended = _wait(processes, output, time.monotonic() + seconds, case_seconds)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        records = [record for record in _read(output) if record["event"] == "case"]
+        failed = records and records[-1]["status"] != "ok"
+        if len(records) < len(job["cases"]) and not failed:
+            batch_size, length = job["cases"][len(records)]
+            logs = "".join((folder / f"log-{rank}.txt").read_text(errors="replace")[-_TAIL:] for rank in range(ranks))
+            record = {"event": "case", "batch_size": batch_size, "length": length, "status": ended}
+            records.append(record | ({"failure": logs} if ended == "failed" else {}))
+        return records
+
+
+def _start(folder, ranks, tiny):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        variables = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            # Both names of the setting: torch changed it.
+            **dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True"),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        if tiny:
+            variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        with open(folder / f"log-{rank}.txt", "w") as log:
+            command = [sys.executable, "-m", "tests.benchmarks.long_sequence.worker", str(folder / "job.json")]
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=variables))
+    return processes
+
+
+def _wait(processes, output, deadline, case_seconds):
+    """How it ended: "failed", "out of memory", "host memory" or "time"; "ok" when every rank is through."""
+    seen, since = 0, None  # lines of output, and when the case in work began
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(code not in (None, 0) for code in codes):
+            reason = {OUT_OF_MEMORY: "out of memory", -signal.SIGKILL: "host memory"}
+            return next((reason[code] for code in codes if code in reason), "failed")
+        if all(code == 0 for code in codes):
+            return "ok"
+        now = time.monotonic()
+        lines = len(_read(output))
+        if lines != seen:
+            seen, since = lines, now
+        if now > deadline or (since is not None and case_seconds is not None and now > since + case_seconds):
+            return "time"
+        time.sleep(0.1)
+
+
+def _read(output):
+    return [json.loads(line) for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]

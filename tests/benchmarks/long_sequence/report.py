@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record, table and plot of the long-sequence benchmarks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from deepspeed_ds4sci.training import step_flops
+from tests.benchmarks.record import machine_line
+from tests.benchmarks.table import aligned
+
+_MACHINE = """
+import json, sys, torch
+from deepspeed_ds4sci.training import peak_flops
+from tests.benchmarks.record import machine
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+peak = peak_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+print(json.dumps(machine(device, sys.argv[1:]) | {"peak_flops": peak.per_second, "peak_source": peak.source}))
+"""
+
+
+def about(module: str, arguments: list[str]) -> dict:
+    """What the figures depend on. Found in a process of its own, so that none of the GPU's memory is taken."""
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", _MACHINE, *arguments], cwd=root, capture_output=True, text=True, timeout=180
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the machine cannot be described: {done.stderr[-1000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    found["command"] = found["command"].replace("tests.benchmarks", module, 1)
+    return found
+
+
+def write(path: Path, record: dict) -> None:
+    """Whole or not at all: a run that is cut off leaves the last complete record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(record, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def with_rates(case: dict, config, ranks: int, peak: float) -> dict:
+    """A case with tokens/s, and TFLOP/s per GPU in both counts, where it worked."""
+    if case["status"] != "ok":
+        return case
+    sequences = case["batch_size"] / case["seconds"] / ranks
+    tflops = {
+        count: sequences * step_flops(config, case["length"], count=count) / 1e12 for count in ("model", "method")
+    }
+    return case | {
+        "tokens_per_second": case["batch_size"] * case["length"] / case["seconds"],
+        "tflops": tflops["model"],
+        "method_tflops": tflops["method"],
+        "mfu": tflops["model"] * 1e12 / peak,
+    }
+
+
+def cells(case: dict | None) -> list[str]:
+    """Of a table line: device GiB, host GiB, seconds, tokens/s, TFLOP/s, MFU, TFLOP/s by the method's count."""
+    if case is None:
+        return ["-"] * 7
+    if case["status"] != "ok":
+        return [case["status"], *["-"] * 6]
+    return [
+        f"{case['device_gib']:.1f}",
+        f"{case['host_gib']:.1f}",
+        f"{case['seconds']:.3g}",
+        f"{case['tokens_per_second']:,.0f}",
+        f"{case['tflops']:.3g}",
+        f"{100 * case['mfu']:.1f} %",
+        f"{case['method_tflops']:.3g}",
+    ]
+
+
+HEADS = ["device GiB", "host GiB", "s/step", "tokens/s", "TFLOP/s/GPU", "MFU", "method's TFLOP/s"]
+
+
+def ladder_table(record: dict) -> str:
+    """One line per rung: the longest sequence, and figures at that length."""
+    rows = [["rung", "what", "GPUs", "longest", "failed at", "because", *HEADS]]
+    for rung in record["rungs"]:
+        worked = [case for case in rung["cases"] if case["status"] == "ok"]
+        at = max(worked, key=lambda case: case["length"], default=None)
+        failed = f"{rung['failed']:,}" if rung["failed"] else "-"
+        name = rung["name"] + (f" [{rung['computed_layers']} layers computed]" if rung["computed_layers"] else "")
+        longest = f"{rung['longest']:,}" if rung["longest"] else "none"
+        rows.append([name, rung["says"], str(rung["gpus"]), longest, failed, rung["because"] or "-", *cells(at)])
+    return aligned(rows)
+
+
+def draw_ladder(record: dict, path: Path) -> None:
+    """Longest sequence per rung, and TFLOP/s of every length tried."""
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    rungs = record["rungs"]
+    colours = {"mask": "C0", "flash": "C1", "alst": "C2"}
+    labels = {"mask": "explicit mask", "flash": "no explicit mask", "alst": "DeepSpeed's ALST path"}
+    for ladder, colour in colours.items():
+        at = [i for i, rung in enumerate(rungs) if rung["ladder"] == ladder]
+        left.barh(at, [rungs[i]["longest"] / 1024 for i in at], color=colour, label=labels[ladder])
+        for i in at:
+            line = sorted((c["length"] / 1024, c["tflops"]) for c in rungs[i]["cases"] if c["status"] == "ok")
+            if line:
+                right.plot(*zip(*line, strict=True), "o-", color=colour, alpha=0.7)
+                right.annotate(rungs[i]["name"], line[-1], fontsize="x-small")
+    left.set_yticks(range(len(rungs)), [rung["name"] for rung in rungs], fontsize="small")
+    left.invert_yaxis()
+    left.set(xlabel="longest sequence, 1024 tokens", title="How long a sequence trains")
+    left.legend(fontsize="small")
+    right.set(
+        xscale="log", xlabel="1024 tokens", ylabel="TFLOP/s per GPU (causal, no recomputation)", title="How fast"
+    )
+    right.grid(alpha=0.3)
+    _save(figure, record, path)
+
+
+def draw_lengths(record: dict, path: Path) -> None:
+    """TFLOP/s and MFU against the length, and tokens/s against the batch size."""
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for variant in record["variants"]:
+        ok = [case for case in variant["cases"] if case["status"] == "ok"]
+        line = sorted((case["length"], case["tflops"]) for case in ok if case["batch_size"] == 1)
+        if line:
+            left.plot(*zip(*line, strict=True), "o-", label=f"{variant['name']}, {variant['gpus']} GPU(s)")
+        for length in sorted({case["length"] for case in variant["batches"] if case["status"] == "ok"}):
+            line = [
+                (case["batch_size"], case["tokens_per_second"])
+                for case in variant["batches"]
+                if case["length"] == length and case["status"] == "ok"
+            ]
+            right.plot(*zip(*sorted(line), strict=True), "o-", label=f"{variant['name']}, {length} tokens")
+    left.set(xscale="log", xlabel="tokens per sequence", ylabel="TFLOP/s per GPU (causal, no recomputation)")
+    right.set(xscale="log", xlabel="sequences per step", ylabel="tokens/s")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="x-small")
+    _save(figure, record, path)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, record, path):
+    figure.suptitle(machine_line(record["machine"]), fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    _pyplot().close(figure)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a sequence trains, option by option: complete steps, optimizer included, on one GPU (or two).
+
+    python -m tests.benchmarks.longest_sequence --json out.json --plot out.png --budget-seconds 500
+    python -m tests.benchmarks.longest_sequence --rungs host-optimizer --lengths 327680
+    python -m tests.benchmarks.longest_sequence --rungs host-optimizer --lengths 524288 --compute-layers 8
+    python -m tests.benchmarks.longest_sequence --tiny
+
+Each rung is one DeepSpeed JSON (`--show` prints them) in processes of its own. The most valuable rungs come first, and
+the record is written after each, so a run that is cut off has them. The model is our 2.5B decoder (hidden 3840, 28
+layers, 32 heads); DeepSpeed's own path runs on a Llama of the same size. Host memory is the largest drop of what the
+machine has available, so nothing else should run there.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks.long_sequence import report
+from tests.benchmarks.long_sequence.launch import run_cases
+from tests.benchmarks.long_sequence.models import counted_config, job_of
+from tests.benchmarks.long_sequence.rungs import RUNGS, Rung, chosen_rungs, shortened
+from tests.benchmarks.long_sequence.search import following, longest
+from tests.benchmarks.record import machine_line
+
+MODULE = "tests.benchmarks.longest_sequence"
+START_SECONDS = 150.0  # for processes to start and to make model and engine
+GROWTH = 3  # lengths that one process tries in turn while none has failed
+
+
+class Prober:
+    """Trains a rung at the lengths that a search asks for, and remembers every case."""
+
+    def __init__(self, rung: Rung, options: argparse.Namespace, deadline: float):
+        self.rung, self.options, self.deadline = rung, options, deadline
+        self.cases: dict[int, dict] = {}
+
+    def __call__(self, length: int) -> bool | None:
+        """Whether the length trains; None if the budget is spent."""
+        if length not in self.cases:
+            lengths = [length]
+            if all(case["status"] == "ok" for case in self.cases.values()):
+                while len(lengths) < GROWTH:
+                    longer = following(lengths[-1], self.options.multiple)
+                    if longer > self.options.limit:
+                        break
+                    lengths.append(longer)
+            self.run(lengths)
+        if length not in self.cases:
+            return None
+        return self.cases[length]["status"] == "ok"
+
+    def run(self, lengths: list[int]) -> None:
+        left = self.deadline - time.monotonic()
+        if left < 1:
+            return
+        options = self.options
+        cases = [(1, length) for length in lengths]
+        job = job_of(self.rung, cases, tiny=options.tiny, steps=options.steps, compute_layers=options.compute_layers)
+        print(f"{self.rung.name}: trying {', '.join(f'{length:,}' for length in lengths)}", flush=True)
+        allowed = START_SECONDS + options.probe_seconds * len(lengths)
+        found = run_cases(
+            job,
+            ranks=self.rung.gpus,
+            seconds=min(left, allowed),
+            tiny=options.tiny,
+            case_seconds=options.probe_seconds,
+        )
+        for case in found:
+            if case["status"] == "time" and time.monotonic() >= self.deadline:
+                continue  # the budget's end says nothing about this length
+            case.pop("event")
+            self.cases[case["length"]] = case
+            print("  " + describe(case), flush=True)
+
+
+def describe(case: dict) -> str:
+    text = f"{case['length']:,} tokens: {case['status']}"
+    if case["status"] == "ok":
+        text += f", {case['seconds']:.3g} s, {case['device_gib']:.1f} GiB on device, {case['host_gib']:.1f} on host"
+    return text + (f"\n{case['failure']}" if "failure" in case else "")
+
+
+def measure_rung(rung: Rung, options: argparse.Namespace, deadline: float, peak: float) -> dict:
+    """A rung's entry of the record."""
+    prober = Prober(rung, options, deadline)
+    if options.lengths:
+        prober.run(options.lengths)
+        worked = [length for length, case in prober.cases.items() if case["status"] == "ok"]
+        failed = [length for length, case in prober.cases.items() if case["status"] != "ok"]
+        good, bad = max(worked, default=0), min(failed, default=None)
+    else:
+        good, bad = longest(
+            prober, rung.guess, resolution=options.resolution, multiple=options.multiple, limit=options.limit
+        )
+    config = counted_config(rung, options.tiny, options.compute_layers)
+    return {
+        "name": rung.name,
+        "ladder": rung.ladder,
+        "says": rung.says,
+        "gpus": rung.gpus,
+        "computed_layers": options.compute_layers,
+        "longest": good,
+        "failed": bad,
+        "because": prober.cases[bad]["status"] if bad else None,
+        "resolved": bool(good and bad and bad <= good * (1 + options.resolution)),
+        "ds_config": rung.ds_config(options.tiny),
+        "cases": [report.with_rates(case, config, rung.gpus, peak) for _, case in sorted(prober.cases.items())],
+    }
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rungs", default="all", help=f"all, ladders (mask, flash, alst) or names: {', '.join(RUNGS)}")
+    add("--lengths", help="tokens, ascending, separated by commas: these alone, no search")
+    add("--guess", type=int, help="tokens to start every search from, in place of the rungs' own")
+    add(
+        "--compute-layers", type=int, help="compute so many layers; the others' weights, states, checkpoints are there"
+    )
+    add("--budget-seconds", type=float, default=3600, help="for the whole run; it then writes what it has")
+    add("--probe-seconds", type=float, default=300, help="for one length; longer counts as failed, because of time")
+    add("--resolution", type=float, default=0.1, help="gap at which a search ends, relative to the longest that works")
+    add("--multiple", type=int, default=1024, help="lengths are multiples of this")
+    add("--limit", type=int, default=2**23, help="no longer length is tried")
+    add("--steps", type=int, default=2, help="per length, the last is timed; a step of over 20 s is not repeated")
+    add("--json", type=Path, help="where the record goes")
+    add("--plot", type=Path, help="where the picture goes")
+    add("--show", action="store_true", help="print the rungs' DeepSpeed configs and stop")
+    add("--tiny", action="store_true", help="rehearsal on CPU ranks with a model of 200,000 parameters")
+    options = parser.parse_args(argv)
+    if options.tiny:
+        options.multiple = 32
+        options.limit = min(options.limit, 256)
+        options.guess = options.guess or 64
+    options.lengths = [int(length) for length in options.lengths.split(",")] if options.lengths else None
+    gpus = 2 if options.tiny else torch.cuda.device_count()
+    if not gpus:
+        parser.error("no GPU was found; --tiny rehearses on CPU ranks")
+    try:
+        options.rungs = chosen_rungs(options.rungs, gpus)
+        if options.compute_layers is not None:
+            for rung in options.rungs:
+                job_of(rung, [(1, 1024)], tiny=options.tiny, steps=1, compute_layers=options.compute_layers)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.guess:
+        options.rungs = [shortened(rung, options.guess) for rung in options.rungs]
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse_arguments(argv)
+    if options.show:
+        print(json.dumps({rung.name: rung.ds_config(options.tiny) for rung in options.rungs}, indent=1))
+        return 0
+    deadline = time.monotonic() + options.budget_seconds
+    record = {"machine": report.about(MODULE, argv), "tiny": options.tiny, "rungs": [], "not_reached": []}
+    for rung in options.rungs:
+        if time.monotonic() > deadline - 1:
+            record["not_reached"].append(rung.name)
+            continue
+        record["rungs"].append(measure_rung(rung, options, deadline, record["machine"]["peak_flops"]))
+        if options.json:
+            report.write(options.json, record)
+    print(f"\n{machine_line(record['machine'])}\n{report.ladder_table(record)}")
+    if record["not_reached"]:
+        print(f"no time was left for: {', '.join(record['not_reached'])}")
+    if options.json:
+        report.write(options.json, record)
+    if options.plot and record["rungs"]:
+        report.draw_ladder(record, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The long-sequence benchmarks: search, rungs, records, and a rehearsal of one rung of each kind on the CPU."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from deepspeed_ds4sci.config import read_block
+from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
+from deepspeed_ds4sci.training import step_flops
+from tests.benchmarks import longest_sequence, throughput_by_length, train_short_infer_long
+from tests.benchmarks.long_sequence import launch, models, report, worker
+from tests.benchmarks.long_sequence.rungs import BY_VALUE, RUNGS, chosen_rungs
+from tests.benchmarks.long_sequence.search import longest
+
+CONFIG = GenSLMConfig(16, 2, 2, 32, 64)
+OK = dict(batch_size=1, length=64, status="ok", seconds=0.5, device_gib=1.0, host_gib=2.0)
+OOM = dict(batch_size=1, length=128, status="out of memory")
+ABOUT = dict(device="card", cuda="-", driver="-", torch="2", commit="abc", date="2026-01-01", command="c")
+
+
+@pytest.mark.parametrize("truth", [3000, 10_000, 11_000, 40_000, 327_000])
+@pytest.mark.parametrize("guess", [4096, 98_304])
+def test_the_search_finds_the_limit_to_its_resolution(truth, guess):
+    tried = []
+
+    def works(length):
+        tried.append(length)
+        return length <= truth
+
+    good, bad = longest(works, guess, resolution=0.1, multiple=256)
+    assert good <= truth < bad and (bad <= 1.1 * good or bad - good <= 256)
+    assert len(tried) == len(set(tried)) <= 14 and all(length % 256 == 0 for length in tried)
+
+
+def test_the_search_ends_where_there_is_no_limit_no_length_and_no_time():
+    assert longest(lambda length: True, 64, multiple=32, limit=512) == (512, None)
+    assert longest(lambda length: False, 4096, multiple=1024) == (0, 1024)
+    answers = iter([True, False, None])
+    assert longest(lambda length: next(answers), 10240) == (10240, 15360)
+    assert longest(lambda length: None, 1024) == (0, None)
+
+
+@pytest.mark.parametrize("rung", RUNGS.values(), ids=lambda rung: rung.name)
+def test_every_rung_is_a_valid_config(rung):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for tiny in (False, True):
+        config = rung.ds_config(tiny)
+        assert json.loads(json.dumps(config)) == config
+        # A CPU has no flash attention: a rung of nothing else has no block there.
+        assert (read_block(config) is not None) == (bool(rung.features) and not (tiny and rung.name == "flash"))
+        assert ("bf16" in config) != tiny
+        parsed = DeepSpeedConfig({name: block for name, block in config.items() if name != "ds4sci"})
+        offload = parsed.zero_config.offload_optimizer
+        assert (offload is not None and offload.device == "cpu") == rung.offload_optimizer
+
+
+def test_rungs_are_chosen_by_name_ladder_and_number_of_gpus():
+    assert sorted(BY_VALUE) == sorted(RUNGS)
+    assert {rung.gpus for rung in chosen_rungs("all", 1)} == {1} and len(chosen_rungs("all", 2)) == len(RUNGS)
+    assert [rung.name for rung in chosen_rungs("flash,alst-sdpa", 1)][-1] == "alst-sdpa"
+    with pytest.raises(ValueError, match="rungs must be of all, mask, flash, alst, .*; got 'fast'"):
+        chosen_rungs("fast", 1)
+    with pytest.raises(ValueError, match=r"rungs need more than the 1 GPU\(s\) that are there: two-gpus \(2\)"):
+        chosen_rungs("two-gpus", 1)
+
+
+def test_both_models_have_the_size_that_is_compared():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        ours = GenSLM(models.genslm(RUNGS["flash"], 2048, tiny=False))
+        theirs = LlamaForCausalLM(LlamaConfig(**models.llama_arguments(tiny=False)))
+    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (ours, theirs))
+    assert ours == pytest.approx(2.5e9, rel=0.03) and theirs == pytest.approx(ours, rel=0.03)
+    multiplied = sum(p.numel() for p in LlamaForCausalLM(_tiny_llama()).parameters() if p.dim() == 2)
+    multiplied -= 69 * 64  # the embedding is looked up
+    length = 64
+    causal = 4 * 2 * 2 * (length * length / 2) * 64  # layers x both products x operations x pairs x hidden
+    expected = 3 * (2 * multiplied * length + causal)
+    assert step_flops(models.llama_as_decoder(tiny=True), length) == pytest.approx(expected)
+
+
+def _tiny_llama():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**models.llama_arguments(tiny=True))
+
+
+def test_layers_that_are_not_computed_keep_their_gradients_and_pass_on_a_new_tensor():
+    layer = torch.nn.Linear(4, 4)
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    output = worker.stand_in(layer, hidden, None)
+    assert torch.equal(output, hidden) and output.data_ptr() != hidden.data_ptr()
+    output.sum().backward()
+    assert all(p.grad.shape == p.shape and not p.grad.any() for p in layer.parameters())
+    with pytest.raises(
+        ValueError, match='--compute-layers needs a rung of ours that recomputes whole layers, got "kee'
+    ):
+        models.job_of(RUNGS["keep-attention"], [(1, 64)], tiny=True, steps=1, compute_layers=1)
+    assert models.counted_config(RUNGS["recompute"], False, 8).num_layers == 8
+
+
+def test_rates_are_per_gpu_and_per_second():
+    case = report.with_rates(dict(OK, batch_size=4), CONFIG, ranks=2, peak=1e9)
+    assert case["tokens_per_second"] == 4 * 64 / 0.5
+    assert case["tflops"] == pytest.approx(4 * step_flops(CONFIG, 64) / 0.5 / 2 / 1e12)
+    assert case["mfu"] == pytest.approx(case["tflops"] * 1e3) and case["method_tflops"] > case["tflops"]
+    assert report.with_rates(OOM, CONFIG, 1, 1e9) == OOM
+
+
+def ladder_record():
+    rung = dict(name="flash", ladder="flash", says="+ flash", gpus=1, computed_layers=8, resolved=True, ds_config={})
+    cases = [report.with_rates(OK, CONFIG, 1, 1e12), OOM]
+    found = dict(longest=64, failed=128, because="out of memory", cases=cases)
+    empty = dict(longest=0, failed=64, because="time", cases=[dict(OOM, length=64, status="time")])
+    return {"machine": ABOUT, "rungs": [rung | found, rung | empty | {"ladder": "alst", "computed_layers": None}]}
+
+
+def test_tables_and_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    record = ladder_record()
+    text = report.ladder_table(record)
+    assert "flash [8 layers computed]" in text and "128        out of memory" in text and "none" in text
+    report.draw_ladder(record, tmp_path / "ladder.png")
+    cases = record["rungs"][0]["cases"]
+    variant = dict(name="on", says="all", gpus=1, cases=cases, batches=cases)
+    lengths = {"machine": ABOUT, "variants": [variant]}
+    assert throughput_by_length.table(lengths).count("out of memory") == 2
+    report.draw_lengths(lengths, tmp_path / "lengths.png")
+    lines = [{"name": "alibi", "perplexity": [[32, 60.0], [64, 61.0]]}]
+    short = {"machine": ABOUT, "lines": lines, "length": 32, "lengths": [32, 64], "title": "lambda"}
+    train_short_infer_long.draw(short, tmp_path / "short.png")
+    for name in ("ladder", "lengths", "short"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    report.write(tmp_path / "a" / "record.json", record)
+    assert json.loads((tmp_path / "a" / "record.json").read_text())["rungs"][0]["longest"] == 64
+
+
+def prober(monkeypatch, limit, **changes):
+    calls = []
+
+    def run_cases(job, **_):
+        lengths = [length for _, length in job["cases"]]
+        calls.append(lengths)
+        good = [dict(OK, event="case", length=length) for length in lengths if length <= limit]
+        bad = [dict(OOM, event="case", length=length) for length in lengths if length > limit]
+        return good + bad[:1]
+
+    monkeypatch.setattr(longest_sequence, "run_cases", run_cases)
+    options = longest_sequence.parse_arguments(["--tiny", "--limit", "4096", "--rungs", "recompute"])
+    vars(options).update(limit=4096, **changes)
+    return options, calls
+
+
+def test_a_rung_is_searched_with_few_processes(monkeypatch):
+    options, calls = prober(monkeypatch, limit=500)
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert found["longest"] <= 500 < found["failed"] and found["resolved"] and found["because"] == "out of memory"
+    assert calls[0] == [64, 96, 128] and len(calls) <= 7
+    assert [case["length"] for case in found["cases"]] == sorted(case["length"] for case in found["cases"])
+
+
+def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkeypatch):
+    options, calls = prober(monkeypatch, limit=100, lengths=[64, 128])
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert calls == [[64, 128]] and (found["longest"], found["failed"]) == (64, 128)
+    options, calls = prober(monkeypatch, limit=100)
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic(), 1e12)
+    assert calls == [] and (found["longest"], found["failed"], found["resolved"]) == (0, None, False)
+
+
+@pytest.mark.parametrize(
+    "module, arguments, message",
+    [
+        (longest_sequence, ["--tiny", "--rungs", "no"], "got 'no'"),
+        (
+            longest_sequence,
+            ["--tiny", "--rungs", "alst-sdpa", "--compute-layers", "2"],
+            "--compute-layers needs a rung",
+        ),
+        (throughput_by_length, ["--tiny", "--variants", "no"], "--variants must be of off, keep"),
+        (train_short_infer_long, [], "are required: --genome"),
+        (
+            train_short_infer_long,
+            ["--genome", "x", "--lengths", "64,96"],
+            "--lengths must divide the longest one = 96",
+        ),
+    ],
+)
+def test_wrong_options_are_named(capsys, module, arguments, message):
+    with pytest.raises(SystemExit):
+        module.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_processes_that_end_badly_are_told_apart(tmp_path):
+    def ended(*codes):
+        output = tmp_path / "output"
+        output.touch()
+        processes = [SimpleNamespace(poll=lambda code=code: code) for code in codes]
+        return launch._wait(processes, output, time.monotonic() + 0.3, None)
+
+    assert ended(0, 0) == "ok" and ended(1, None) == "failed" and ended(None, 0) == "time"
+    assert ended(None, worker.OUT_OF_MEMORY) == "out of memory" and ended(-9, 1) == "host memory"
+
+
+def test_held_out_tokens_are_whole_windows_at_the_end():
+    tokens = np.arange(100)
+    train, held_out = train_short_infer_long.split(tokens, 0.3, 8)
+    assert len(held_out) == 24 and np.array_equal(np.concatenate([train, held_out]), tokens)
+    with pytest.raises(ValueError, match="30% of 100 tokens must be at least the longest length = 32, got 30"):
+        train_short_infer_long.split(tokens, 0.3, 32)
+
+
+def test_perplexity_and_scaled_positions():
+    config = GenSLMConfig(16, 1, 2, 16, 32, rotary_fraction=1.0)
+    model = GenSLM(config)
+    model.head.weight.data.zero_()  # every token is as likely as any other
+    tokens = np.random.default_rng(0).integers(0, 69, 128).astype(np.uint8)
+    for kind in ("none", "yarn"):
+        other = train_short_infer_long.scaled(model, kind, 4.0, 32)
+        assert train_short_infer_long.perplexity(other, tokens, 64, "cpu") == pytest.approx(69)
+        assert other.head.weight is model.head.weight or torch.equal(other.head.weight, model.head.weight)
+    plain, yarn = (train_short_infer_long.scaled(model, kind, 4.0, 32) for kind in ("none", "yarn"))
+    positions = torch.arange(40)[None]
+    assert not torch.allclose(plain.rotary(positions, torch.float32)[0], yarn.rotary(positions, torch.float32)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed(1)
+def test_rungs_train_in_processes_of_their_own():
+    def trained(name):
+        job = models.job_of(RUNGS[name], [(1, 64), (2, 96)], tiny=True, steps=2, compute_layers=None)
+        return launch.run_cases(job, ranks=1, seconds=240, tiny=True)
+
+    with ThreadPoolExecutor() as pool:  # each is little more than the start of a process
+        results = list(pool.map(trained, ("mask-baseline", "alst-host-optimizer")))
+    for found in results:
+        done = [(case["status"], case["batch_size"], case["length"]) for case in found]
+        assert done == [("ok", 1, 64), ("ok", 2, 96)], found
+        assert all(case["seconds"] > 0 and 3 < case["loss"] < 6 and case["host_gib"] > 0.1 for case in found)
