@@ -7,6 +7,7 @@ need. Here each slot is mapped on its own, in whole pages, and registered with C
 
 import math
 import mmap
+import weakref
 
 import torch
 
@@ -28,15 +29,20 @@ class HostSlot:
             _check(
                 torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.capacity, _PORTABLE), self.capacity
             )
+            # A slot may also vanish with its pool. Pages unmapped while registered would leave CUDA with a range that
+            # the next mapping at this address falls into, and copies from there fail. The tensor given here keeps
+            # the pages mapped until they are unregistered; at exit the driver does so itself.
+            self._unlock = weakref.finalize(self, _unregister, self.bytes)
+            self._unlock.atexit = False
 
     def view(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """The first bytes as a contiguous tensor."""
         return self.bytes[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def release(self) -> None:
-        """Gives the memory back to the system. No copy from or to it may be under way."""
+        """Gives the memory back to the system, after the copies from and to it that are under way."""
         if self.pinned:
-            _check(torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr()), self.capacity)
+            self._unlock()
         self.bytes = None
 
 
@@ -63,8 +69,6 @@ class HostPool:
         if free:
             self._free.remove(free[-1])
             self.held_bytes -= free[-1].capacity
-            if self.pinned:
-                torch.cuda.synchronize()  # a copy out of it may be under way
             free[-1].release()
         slot = HostSlot(nbytes, self.pinned)
         self.held_bytes += slot.capacity
@@ -74,9 +78,14 @@ class HostPool:
         self._free.append(slot)
 
 
+def _unregister(pages):
+    torch.cuda.synchronize()  # a copy from or to them may be under way
+    _check(torch.cuda.cudart().cudaHostUnregister(pages.data_ptr()), pages.numel())
+
+
 def _check(result, nbytes):
     if int(result) != 0:
         raise RuntimeError(
-            f"CUDA cannot page-lock {nbytes / 2**30:.2f} GiB of CPU memory (error {int(result)}); the limit is the "
-            "machine's free memory and that of the process (ulimit -l)"
+            f"CUDA cannot page-lock or unlock {nbytes / 2**30:.2f} GiB of CPU memory (error {int(result)}); what limits "
+            "locking is the machine's free memory and that of the process (ulimit -l)"
         )

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+from deepspeed_ds4sci.hooks.host_memory import HostSlot
 from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
 from tests.unit.hooks.test_activation_checkpointing import assert_same, gradients, with_hook
 
@@ -13,6 +14,14 @@ pytestmark = pytest.mark.gpu
 
 LAYERS, HIDDEN, TOKENS = 8, 512, 10_000
 CHECKPOINT = TOKENS * HIDDEN * 2  # bytes in bf16; not a power of two
+
+
+@pytest.fixture(autouse=True)
+def deterministic_attention():
+    """PyTorch's own attention adds up its query gradients in any order unless told otherwise."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +73,12 @@ def test_steps_in_a_row_reuse_slots_without_mixing_them_up(model):
         tokens = torch.randint(5, 69, (1, TOKENS - 1000 * step), device="cuda")
         batch = {"input_ids": tokens, "labels": tokens}
         assert_same(gradients(offloaded, batch), gradients(plain, batch))
+
+
+def test_a_dropped_slot_unlocks_its_pages():
+    """Else the next mapping at that address meets a stale registration, and copies from it fail."""
+    slot = HostSlot(1 << 20, pinned=True)
+    pages = slot.bytes
+    assert pages.is_pinned()
+    del slot
+    assert not pages.is_pinned()
