@@ -86,6 +86,6 @@ def _unregister(pages):
 def _check(result, nbytes):
     if int(result) != 0:
         raise RuntimeError(
-            f"CUDA cannot page-lock or unlock {nbytes / 2**30:.2f} GiB of CPU memory (error {int(result)}); what limits "
-            "locking is the machine's free memory and that of the process (ulimit -l)"
+            f"CUDA cannot page-lock or unlock {nbytes / 2**30:.2f} GiB of CPU memory (error {int(result)}); what "
+            "limits locking is the machine's free memory and that of the process (ulimit -l)"
         )
