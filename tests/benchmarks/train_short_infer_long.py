@@ -144,11 +144,13 @@ def draw(record: dict, path: Path) -> None:
     for line in record["lines"]:
         axis.plot(*zip(*line["perplexity"], strict=True), "o-", label=line["name"])
     axis.axvline(record["length"], color="0.6", ls="--", label="trained at")
+    found = [perplexity for line in record["lines"] for _, perplexity in line["perplexity"]]
+    yscale = "log" if max(found) > 10 * min(found) else "linear"  # a logarithmic axis of less has no labelled tick
     axis.set(
-        xscale="log", yscale="log", xlabel="tokens", ylabel="perplexity of held-out codons", title=record["title"]
+        xscale="log", yscale=yscale, xlabel="tokens", ylabel="perplexity of held-out codons", title=record["title"]
     )
     axis.set_xticks(record["lengths"], [f"{length:,}" for length in record["lengths"]])
-    axis.minorticks_off()
+    axis.xaxis.minorticks_off()
     axis.legend(fontsize="small")
     figure.suptitle(machine_line(record["machine"]), fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
