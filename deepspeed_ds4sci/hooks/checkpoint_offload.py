@@ -27,8 +27,12 @@ class CheckpointOffload:
     def of(self, tensor: torch.Tensor) -> saved_tensors_hooks:
         """A context in which `tensor`, where autograd saves it, is kept in CPU memory; other tensors stay."""
 
+        # Autograd keeps `pack` as long as what it packed, so it must not hold the tensor.
+        address, shape = tensor.data_ptr(), tensor.shape
+        del tensor
+
         def pack(saved):
-            if saved.data_ptr() != tensor.data_ptr() or saved.shape != tensor.shape:
+            if saved.data_ptr() != address or saved.shape != shape:
                 return saved.detach()
             return self._leave(saved.detach())
 

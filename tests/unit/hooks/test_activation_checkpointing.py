@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recomputed layers train like kept ones, bit for bit; what waits in CPU memory is freed and used again."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload
 from deepspeed_ds4sci.hooks.host_memory import HostPool
 from deepspeed_ds4sci.sequence import blocks
 from tests.distributed import tiny_models
@@ -180,3 +184,14 @@ def test_dropout_masks_are_the_same_in_both_passes():
     expected = gradients(model, batch)
     torch.manual_seed(5)
     assert_same(gradients(checkpointed, batch), expected)
+
+
+def test_nothing_keeps_the_tensor_that_left():
+    offload = CheckpointOffload()
+    hidden = torch.randn(4, 8, requires_grad=True) * 2
+    gone = weakref.ref(hidden)
+    with offload.of(hidden):
+        out = checkpoint(torch.nn.Linear(8, 8), hidden, use_reentrant=False)
+    del hidden
+    assert gone() is None
+    out.sum().backward()
