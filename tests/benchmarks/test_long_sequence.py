@@ -17,6 +17,7 @@ from tests.benchmarks import longest_sequence, throughput_by_length, train_short
 from tests.benchmarks.long_sequence import launch, models, report, worker
 from tests.benchmarks.long_sequence.rungs import BY_VALUE, RUNGS, chosen_rungs
 from tests.benchmarks.long_sequence.search import longest
+from tests.benchmarks.throughput_by_length import VARIANTS
 
 CONFIG = GenSLMConfig(16, 2, 2, 32, 64)
 OK = dict(batch_size=1, length=64, status="ok", seconds=0.5, device_gib=1.0, host_gib=2.0)
@@ -69,6 +70,18 @@ def test_rungs_are_chosen_by_name_ladder_and_number_of_gpus():
         chosen_rungs("fast", 1)
     with pytest.raises(ValueError, match=r"rungs need more than the 1 GPU\(s\) that are there: two-gpus \(2\)"):
         chosen_rungs("two-gpus", 1)
+
+
+@pytest.mark.parametrize("module", [longest_sequence, throughput_by_length])
+def test_attention_is_replaced_where_a_rung_names_a_fast_one(module):
+    rungs = ["--rungs", "math,recompute,alst-sdpa"] if module is longest_sequence else ["--variants", "off,on"]
+    options = module.parse_arguments(["--tiny", "--attention", "cudnn", *rungs])
+    chosen = getattr(options, "rungs", None) or options.variants
+    for rung in chosen:
+        used = rung.features.get("attention", {}).get("implementation")
+        kept = {"math": "math", "alst-sdpa": None}
+        assert used == kept.get(rung.name, "cudnn") and ("(cudnn)" in rung.says) == (rung.name not in kept)
+        assert rung.features.keys() == (VARIANTS | RUNGS)[rung.name].features.keys()
 
 
 def test_both_models_have_the_size_that_is_compared():

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
+from deepspeed_ds4sci.sequence.local_attention import IMPLEMENTATIONS
 from tests.benchmarks.long_sequence import report
 from tests.benchmarks.long_sequence.launch import run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
-from tests.benchmarks.long_sequence.rungs import Rung
+from tests.benchmarks.long_sequence.rungs import Rung, with_attention
 from tests.benchmarks.record import machine_line
 from tests.benchmarks.table import aligned
 
@@ -30,7 +31,7 @@ START_SECONDS = 150.0
 _FLASH = {"attention": {"implementation": "flash"}}
 _TILES = {"tiling": {"mlp": 16384, "loss": 16384}}
 _FULL = {"activation_checkpointing": {"kind": "full"}}
-_KEPT = {"activation_checkpointing": {"kind": "keep_attention"}}
+_KEPT = {"activation_checkpointing": {"kind": "keep_attention"}, "tiling": {"loss": 16384}}
 _HOST = {"activation_checkpointing": {"kind": "full", "cpu_offload": True}}
 _TWO = {"sequence_parallel": {"size": 2, "mode": "ulysses"}}
 
@@ -39,7 +40,7 @@ VARIANTS = {
     rung.name: rung
     for rung in (
         Rung("off", "flash", "memory options off", 0, _FLASH, zero=False),
-        Rung("keep", "flash", "recomputed but for attention, tiled", 0, _FLASH | _KEPT | _TILES, zero=False),
+        Rung("keep", "flash", "recomputed but for attention, tiled loss", 0, _FLASH | _KEPT, zero=False),
         Rung("on", "flash", "recomputed, tiled", 0, _FLASH | _FULL | _TILES, zero=False),
         Rung(
             "host",
@@ -48,14 +49,6 @@ VARIANTS = {
             0,
             _FLASH | _HOST | _TILES,
             offload_optimizer=True,
-        ),
-        Rung(
-            "cudnn-keep",
-            "flash",
-            "as keep, cuDNN attention",
-            0,
-            {"attention": {"implementation": "cudnn"}} | _KEPT | _TILES,
-            zero=False,
         ),
         Rung("off-2", "flash", "2 GPUs, memory options off", 0, _FLASH | _TWO, zero=False, gpus=2),
         Rung("on-2", "flash", "2 GPUs, recomputed, tiled", 0, _FLASH | _FULL | _TILES | _TWO, zero=False, gpus=2),
@@ -109,6 +102,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--variants", help=f"separated by commas, of {', '.join(VARIANTS)}; default: all that the GPUs allow")
     add("--lengths", help="tokens, ascending, separated by commas; default: 2048 to 262144 by doubling")
+    add("--attention", choices=IMPLEMENTATIONS, help='in place of "flash"')
     add("--no-batches", action="store_true", help="leave out the batch sizes")
     add("--budget-seconds", type=float, default=3600, help="for the whole run; it then writes what it has")
     add("--case-seconds", type=float, default=200, help="for one case; longer ends the variant")
@@ -126,6 +120,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if name not in allowed:
             parser.error(f"--variants must be of {', '.join(allowed)} on {gpus} GPU(s), got {name!r}")
     options.variants = [VARIANTS[name] for name in names]
+    if options.attention:
+        options.variants = [with_attention(variant, options.attention) for variant in options.variants]
     default = [64, 128] if options.tiny else LENGTHS
     options.lengths = [int(length) for length in options.lengths.split(",")] if options.lengths else default
     options.batches = [] if options.no_batches else [(1, 64), (2, 64)] if options.tiny else BATCHES

@@ -75,7 +75,9 @@ def _ladder() -> list[Rung]:
     full = {"activation_checkpointing": {"kind": "full"}}
     tiles = {"tiling": {"mlp": 16384, "loss": 16384}}
     to_host = {"activation_checkpointing": {"kind": "full", "cpu_offload": True}}
-    kept = {"activation_checkpointing": {"kind": "keep_attention"}}
+    # Tiles of an MLP that is hardly wider than the model save little and are computed once more.
+    kept = {"activation_checkpointing": {"kind": "keep_attention"}, "tiling": {"loss": 16384}}
+    kept_to_host = {**kept, "activation_checkpointing": {"kind": "keep_attention", "cpu_offload": True}}
     two = {"sequence_parallel": {"size": 2, "mode": "ulysses"}}
     masked = {"attention_mask": {"kind": "causal", "cpu_threshold": 1}}
     learned = {"positions": "learned"}
@@ -104,13 +106,21 @@ def _ladder() -> list[Rung]:
             offload_optimizer=True,
             gpus=2,
         ),
-        Rung("keep-attention", "flash", "tiling, attention outputs kept", 65536, flash | kept | tiles),
+        Rung("keep-attention", "flash", "tiled loss, attention outputs kept", 65536, flash | kept),
         Rung(
             "keep-attention-offload",
             "flash",
             "attention outputs kept, optimizer offload",
             131072,
-            flash | kept | tiles,
+            flash | kept,
+            offload_optimizer=True,
+        ),
+        Rung(
+            "keep-attention-host",
+            "flash",
+            "attention outputs kept, checkpoints in CPU memory, optimizer offload",
+            131072,
+            flash | kept_to_host,
             offload_optimizer=True,
         ),
         Rung(
@@ -166,7 +176,8 @@ RUNGS: dict[str, Rung] = {rung.name: rung for rung in _ladder()}
 
 # What is worth most comes first: a run that is cut off has it.
 BY_VALUE = (
-    *("host-optimizer", "keep-attention-offload", "recompute-offload", "alst-host-optimizer", "alst-tiled-offload"),
+    *("host-optimizer", "keep-attention-host", "keep-attention-offload", "recompute-offload"),
+    *("alst-host-optimizer", "alst-tiled-offload"),
     *("recompute", "flash", "mask-cpu", "mask-baseline", "tiling", "host-checkpoints", "math", "keep-attention"),
     *("alst-recompute", "alst-sdpa", "alst-tiled", "alst-host-checkpoints"),
     *("two-gpus", "alst-two-gpus", "mask-cpu-sp2", "mask-cpu-sp2-table"),
@@ -191,6 +202,15 @@ def chosen_rungs(names: str, gpus: int) -> list[Rung]:
     if short:
         raise ValueError(f"rungs need more than the {gpus} GPU(s) that are there: {', '.join(short)}")
     return wanted
+
+
+def with_attention(rung: Rung, implementation: str) -> Rung:
+    """The rung with another implementation of attention, if it names one that is not "math"."""
+    named = rung.features.get("attention", {}).get("implementation", "math")
+    if named == "math":
+        return rung
+    features = rung.features | {"attention": {"implementation": implementation}}
+    return replace(rung, features=features, says=f"{rung.says} ({implementation})")
 
 
 def shortened(rung: Rung, guess: int) -> Rung:

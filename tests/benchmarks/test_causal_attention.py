@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of causal attention implementations, on short sequences and the CPU."""
+
+import json
+
+import pytest
+import torch
+
+from tests.benchmarks.causal_attention import causal_flops, main
+
+
+def test_it_times_what_runs_here_and_says_why_the_rest_does_not(tmp_path, capsys):
+    record = tmp_path / "deep" / "record.json"
+    arguments = ["--lengths", "64", "--head-dims", "8,12", "--width", "24", "--min-ms", "1", "--json", str(record)]
+    assert main([*arguments, "--implementations", "auto,flash,cudnn"]) == 0
+    rows = json.loads(record.read_text())["rows"]
+    assert [(row["head_dim"], row["heads"], row["implementation"]) for row in rows] == [
+        (dim, 24 // dim, name) for dim in (8, 12) for name in ("auto", "flash", "cudnn")
+    ]
+    for row in rows:
+        if row["implementation"] == "cudnn" and not torch.cuda.is_available():
+            assert "needs a CUDA GPU" in row["failed"]
+        elif "failed" not in row:
+            both = row["forward+backward"]
+            assert both["tflops"] * both["ms"] == pytest.approx(3.5 * 2 * 64**2 * 24 / 1e9)
+    assert sum("failed" in row for row in rows) <= 2
+    assert "64   3 x 8    auto" in capsys.readouterr().out
+
+
+def test_operations_are_those_of_the_triangle():
+    assert causal_flops(100, 2, 3) == {"forward": 4 * 100**2 / 2 * 6, "forward+backward": 3.5 * 4 * 100**2 / 2 * 6}
+
+
+def test_an_unknown_name_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--implementations", "flush"])
+    assert "got flush" in capsys.readouterr().err
