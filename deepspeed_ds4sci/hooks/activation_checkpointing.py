@@ -12,6 +12,7 @@ from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.sequence.kept import keeping_contexts
+from deepspeed_ds4sci.sequence.tiling import load_checkpointing
 
 _PARTS = {
     "full": "whole layers",
@@ -24,6 +25,7 @@ class ActivationCheckpointingHook:
     name = "activation_checkpointing"
 
     def before_engine(self, model, context):
+        load_checkpointing()
         block = context.config.activation_checkpointing
         family = family_of(model)
         chosen = family.layers(model)[:: block.every_n_layers]

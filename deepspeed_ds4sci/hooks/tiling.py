@@ -3,6 +3,7 @@
 
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import GenSLMFamily, family_of
+from deepspeed_ds4sci.sequence.tiling import load_checkpointing
 
 
 class TilingHook:
@@ -14,6 +15,7 @@ class TilingHook:
             raise NotImplementedError(
                 f"ds4sci.tiling works with the decoder of deepspeed_ds4sci.models, got {type(model).__name__}"
             )
+        load_checkpointing()
         done = []
         if block.mlp:
             model.mlp_tile = block.mlp

@@ -6,6 +6,7 @@ pass, with the same random numbers, so dropout is right. All tiles belong to one
 gradient arrives once per backward pass, which ZeRO's hooks count on.
 """
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -73,6 +74,15 @@ def cross_entropy_sum(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     labels = labels.reshape(-1)
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum"), (labels != ignore_index).sum()
+
+
+def load_checkpointing() -> None:
+    """Imports what torch's checkpointing otherwise imports at its first call.
+
+    An exception caught inside that import keeps the frames of its callers, and with them three tensors as large as
+    what the first layer starts from, until Python looks for cycles, which a long step hardly makes it do.
+    """
+    importlib.import_module("torch._dynamo")
 
 
 def _split(x, tile, dim):

@@ -2,6 +2,7 @@
 """Recomputed layers train like kept ones, bit for bit; what waits in CPU memory is freed and used again."""
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload
 from deepspeed_ds4sci.hooks.host_memory import HostPool
 from deepspeed_ds4sci.sequence import blocks
 from tests.distributed import tiny_models
+from tests.helpers.processes import run_python
 from tests.unit.hooks import apply
 
 SETTINGS = [
@@ -72,6 +74,26 @@ def test_position_ids_that_start_again_mean_what_they_meant():
     assert not torch.equal(gradients(model, packed)[0], gradients(model, batch)[0])
     with pytest.raises(ValueError, match="use_cache = True does not go with ds4sci.activation_checkpointing"):
         checkpointed(**batch, use_cache=True)
+
+
+@pytest.mark.parametrize("block", ['activation_checkpointing={"kind": "full"}', 'tiling={"mlp": 8, "loss": 8}'])
+def test_the_first_step_of_a_process_leaves_no_tensor_behind(block):
+    """Nor would it if Python did not look for cycles."""
+    code = f"""
+        import gc, sys
+        import torch
+        from tests.distributed import tiny_models
+        from tests.unit.hooks import apply
+
+        model, *_ = apply.with_hooks(tiny_models.build("genslm-rotary"), {block})
+        batch = tiny_models.batch("genslm-rotary", 1, 37, 0)
+        gc.collect()
+        gc.disable()
+        model(**batch).loss.backward()
+        batch = None
+        print([tuple(x.shape) for x in gc.get_objects() if isinstance(x, torch.Tensor) and 37 in x.shape])
+    """
+    assert run_python(code, cwd=Path(__file__).parents[3], DS_ACCELERATOR="cpu").splitlines()[-1] == "[]"
 
 
 def test_two_graphs_at_once_keep_their_own_tensors():
