@@ -85,9 +85,13 @@ struct OnlineSoftmax {
     template <typename Lse>
     DS4SCI_DEVICE Lse lse(int i) const {
         if (sum[i] == 0.f) return -INFINITY;
-        if (is_large(reference[i])) return reference[i] + log2f(sum[i]) * kLn2;
         const float scaled = multiply_rounded(reference[i], kLog2E);
-        if constexpr (sizeof(Lse) == 8) return (scaled + log2(static_cast<double>(sum[i]))) * 0.6931471805599453094;
+        if constexpr (sizeof(Lse) == 8) {
+            // As the backward pass forms logits: fmaf rounds reference * kLog2E nowhere.
+            const double units = is_large(reference[i]) ? static_cast<double>(reference[i]) * kLog2E : scaled;
+            return (units + log2(static_cast<double>(sum[i]))) * 0.6931471805599453094;
+        }
+        if (is_large(reference[i])) return reference[i] + log2f(sum[i]) * kLn2;
         return (scaled + log2f(sum[i])) * kLn2;
     }
 
