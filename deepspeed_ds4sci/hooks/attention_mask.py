@@ -15,7 +15,7 @@ from deepspeed_ds4sci.hooks.attention import attention_state
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.sequence.inputs import ShardedBatch
-from deepspeed_ds4sci.sequence.masks import MaskFactory
+from deepspeed_ds4sci.sequence.masks import MaskFactory, within
 from deepspeed_ds4sci.sequence.scores import MaskRule
 from deepspeed_ds4sci.sequence.ulysses import own_heads
 
@@ -118,14 +118,19 @@ class MaskBuilder:
         if lengths_only and self._latest is not None and self._latest[0] == key:
             return replace(batch, mask=self._latest[1], built=True)
         self._latest = None  # before the next one takes its memory
+        factory = MaskFactory(device, self.cpu_threshold, custom.dtype if is_tensor else torch.bool)
         per_batch, per_head = (False, False)
-        if custom is not None and not is_tensor:
-            per_batch, per_head = _depends_on(custom, batch.batch_size, self.heads)
-        dtype = custom.dtype if is_tensor else torch.bool
+        if is_tensor:
+            custom = _whole(custom, batch)
+        elif custom is not None:
+            custom = within(custom, batch.seq_len)
+            per_batch, per_head = _depends_on(
+                custom, batch.batch_size, self.heads, factory.build_device(layout.seq_len)
+            )
         own = own_heads(self.heads, layout.ulysses, layout.ulysses_rank(self.rank))
         if is_tensor and custom.shape[1] > 1:
             custom = custom[:, own[0] : own[1]]
-        mask = MaskFactory(device, self.cpu_threshold, dtype)(
+        mask = factory(
             layout.seq_len,
             layout.attention_ranges(self.rank),
             causal=self.causal and not alone,
@@ -141,10 +146,27 @@ class MaskBuilder:
         return replace(batch, mask=mask, built=True)
 
 
-def _depends_on(rule, batch_size, heads):
+def _whole(custom, batch):
+    """A mask of the batch, which speaks about every token of it. Padding is beyond a square one, and closed in a row.
+
+    Raises:
+        ValueError: a mask of another size, which would say nothing about some tokens.
+    """
+    seq_len, padding = batch.seq_len, batch.layout.seq_len - batch.seq_len
+    if custom.dim() != 4 or custom.shape[3] != seq_len or custom.shape[2] not in (1, seq_len):
+        raise ValueError(f"attention_mask must be [B|1, H|1, S, S] with S = {seq_len}, got {list(custom.shape)}")
+    if padding and custom.shape[2] == 1:
+        closed = False if custom.dtype == torch.bool else float("-inf")
+        return torch.nn.functional.pad(custom, (0, padding), value=closed)
+    return custom
+
+
+def _depends_on(rule, batch_size, heads, device):
     """Whether a function's result varies along batch and along head: what it does not look at is not in its shape."""
-    batch, head = torch.arange(batch_size).view(-1, 1, 1, 1), torch.arange(heads).view(1, -1, 1, 1)
-    shape = rule(batch, head, torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)).shape
+    batch = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
+    head = torch.arange(heads, device=device).view(1, -1, 1, 1)
+    first = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    shape = rule(batch, head, first, first).shape
     shape = (1,) * (4 - len(shape)) + tuple(shape)
     return shape[0] > 1, shape[1] > 1
 

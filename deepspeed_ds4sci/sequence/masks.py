@@ -134,6 +134,18 @@ class MaskFactory:
         return custom
 
 
+def within(rule: MaskRule, seq_len: int) -> MaskRule:
+    """`rule` for sequences that are padded on the right: about padding it is asked as about the last token.
+
+    It knows the positions of its own sequence, and may index tables with them.
+    """
+
+    def bounded(batch, head, query, key):
+        return rule(batch, head, query.clamp(max=seq_len - 1), key.clamp(max=seq_len - 1))
+
+    return bounded
+
+
 def _rows_of(tensor, block, row, first):
     """The block's rows of a custom mask that is square, or holds the wanted rows, or one row for all."""
     num_rows, num_columns = tensor.shape[2:]

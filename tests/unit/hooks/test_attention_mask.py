@@ -96,6 +96,10 @@ def test_a_window_is_part_of_the_mask():
     assert_trains_like(ours, batch, plain, batch)
 
 
+def asked_within_13(batch, head, query, key):
+    return mask_rules.strided_by_head(batch, head, query.clamp(max=12), key.clamp(max=12))
+
+
 @pytest.mark.parametrize(
     "mode, size, rows, heads",
     [("ulysses", 4, 16, 2), ("ring", 4, 4, 5), ({"ulysses": 2, "ring": 2}, 4, 8, 3), ("ring", 2, 8, 5)],
@@ -109,13 +113,37 @@ def test_a_rank_holds_the_rows_and_heads_that_it_attends_for(mode, size, rows, h
         batch = ShardedBatch(layout, 13, 1)
         mine = builder.build(batch, mask_rules.strided_by_head, torch.device("cpu")).mask
         first = min(layout.ulysses_rank(rank) * heads, 4)
-        expected = naive_mask(16, rule=torch_rule(mask_rules.strided_by_head), heads=5)[:, first : first + heads]
+        expected = naive_mask(16, rule=torch_rule(asked_within_13), heads=5)[:, first : first + heads]
         assert mine.shape == (1, min(heads, 5 - first), rows, 16)
         assert torch.equal(mine, expected[:, :, layout.attention_positions(rank)])
         given = torch.rand(1, 1, 13, 13) < 0.5
         expected = torch.nn.functional.pad(given, (0, 3, 0, 3))
         mine = builder.build(batch, given, torch.device("cpu")).mask
         assert torch.equal(mine, expected[:, :, layout.attention_positions(rank)])
+        of_keys = torch.rand(1, 1, 1, 13) < 0.5
+        mine = builder.build(batch, of_keys, torch.device("cpu")).mask
+        assert torch.equal(mine, torch.nn.functional.pad(of_keys, (0, 3)).expand(1, 1, rows, 16))
+
+
+def test_a_rule_is_asked_where_the_mask_is_built_and_about_its_own_tokens_alone():
+    table = torch.rand(13, device="meta")
+    asked = []
+
+    def rule(batch, head, query, key):
+        asked.append({x.device.type for x in (batch, head, query, key)})
+        return table[query] > table[key]
+
+    builder = attention_mask.MaskBuilder("custom", 16, rule, True, None, 5, 0, True, "position_ids")
+    builder.build(ShardedBatch(Layout(16, 1, "ulysses"), 13, 1), rule, torch.device("meta"))
+    assert asked and all(devices == {"meta"} for devices in asked)
+    lengths = []
+
+    def recording(batch, head, query, key):
+        lengths.append((int(query.max()), int(key.max())))
+        return query >= key
+
+    builder.build(ShardedBatch(Layout(16, 1, "ulysses"), 13, 1), recording, torch.device("cpu"))
+    assert max(lengths) == (12, 12)
 
 
 @pytest.mark.parametrize("threshold, where", [(15, "cpu"), (16, "meta")])
@@ -162,7 +190,13 @@ def test_the_threshold_decides_where_it_is_built_and_a_causal_mask_is_built_once
             "llama",
             {"kind": "custom"},
             {"attention_mask": torch.ones(1, 1, 16, 17).bool()},
-            r"custom must be .*got \[1, 1, 16, 17\]",
+            r"attention_mask must be \[B\|1, H\|1, S, S\] with S = 16, got \[1, 1, 16, 17\]",
+        ),
+        (
+            "llama",
+            {"kind": "custom"},
+            {"attention_mask": torch.ones(1, 1, 8, 8).bool()},
+            r"attention_mask must be \[B\|1, H\|1, S, S\] with S = 16, got \[1, 1, 8, 8\]",
         ),
     ],
 )
