@@ -60,4 +60,8 @@ def _read_inputs(family, state, model, args, kwargs):
             raise NotImplementedError(
                 f"the argument {name!r} of {type(model).__name__} does not go with the attention of the ds4sci block"
             )
+    if "document_ids" in arguments and "document_ids" not in family.others:
+        raise NotImplementedError(
+            f"{type(model).__name__} takes no document_ids; it tells documents by position_ids that start again"
+        )
     return (), state.with_masks(arguments, lambda: family.read(model, state, arguments))

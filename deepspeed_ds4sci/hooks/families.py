@@ -14,6 +14,7 @@ from deepspeed_ds4sci.hooks.family import Family, OnRemoval
 from deepspeed_ds4sci.hooks.vision import ViTFamily
 from deepspeed_ds4sci.models.genslm import shift_labels
 from deepspeed_ds4sci.sequence.inputs import ShardedBatch
+from deepspeed_ds4sci.sequence.masks import within
 
 
 class GPT2Family(Family):
@@ -96,7 +97,7 @@ class GenSLMFamily(Family):
             documents = torch.zeros_like(arguments["input_ids"]) if documents is None else documents
             documents = torch.nn.functional.pad(documents, (0, padding), value=-1)
         state.batch = replace(batch, document_ids=documents)
-        rows = batch.mask if isinstance(mask, torch.Tensor) else mask
+        rows = batch.mask if isinstance(mask, torch.Tensor) else mask and within(mask, batch.seq_len)
         return {**local, "shift_labels": batch.labels, "document_ids": documents, "attention_mask": rows}
 
     def read(self, model, state, arguments):
@@ -195,6 +196,7 @@ FAMILIES = (
         "rotary",
         mask_says_all=False,
         documents_from="document_ids",
+        others=(*Family.others, "document_ids"),
     ),
     EsmFamily(
         "esm", False, "EsmSelfAttention", "EsmLayer", ("EsmForMaskedLM", "EsmModel"), rotary="rotary_embeddings"

@@ -45,7 +45,6 @@ class Family:
         "position_ids",
         "token_type_ids",
         "attention_mask",
-        "document_ids",
     )
 
     def attention_modules(self, model: nn.Module) -> list[nn.Module]:

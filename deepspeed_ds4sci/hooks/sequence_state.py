@@ -102,6 +102,9 @@ class SequenceState:
     def attend(self, q, k, v, *, dropout_p: float, scale: float | None) -> torch.Tensor:
         """Attention under the batch's masks. q: [B, L, H, D]; k, v: [B, L, G, D] -> [B, L, H, D]."""
         batch = self.batch
+        if torch.is_autocast_enabled(q.device.type):
+            # transformers rotates by fp32 angles; SDPA would cast, and so does this.
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         if self.rotary is not None:
             q, k = (apply_rotary(x, *self._angles(accumulation_dtype(q))) for x in (q, k))
         if self.slopes is not None and self.slopes.device != q.device:

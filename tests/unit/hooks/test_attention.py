@@ -100,6 +100,20 @@ def test_refuses_arguments_that_it_has_no_answer_to(argument, value):
         ours(**tiny_models.batch("gpt2", 1, 8, 0), **{argument: value})
 
 
+def test_refuses_document_ids_where_the_model_would_ignore_them():
+    ours, *_ = with_hooks(tiny_models.build("llama"), attention={"implementation": "math"})
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM takes no document_ids; .* by position_ids"):
+        ours(**tiny_models.batch("llama", 1, 8, 0), document_ids=torch.zeros(1, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2", "genslm-rotary"])
+def test_runs_under_autocast_as_the_models_own_attention(name):
+    model, batch = tiny_models.build(name), tiny_models.batch(name, 1, 8, 0)
+    ours, *_ = with_hooks(model, attention={"implementation": "math"})
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(**batch).loss, model(**batch).loss, atol=5e-3, rtol=0)
+
+
 def test_refuses_a_model_it_does_not_know():
     with pytest.raises(NotImplementedError, match="sequences of Linear cannot be split .* models that can"):
         with_hooks(torch.nn.Linear(2, 2), attention={"implementation": "math"})
