@@ -3,13 +3,17 @@
 clipping, the same kind of optimizer with the same settings."""
 
 import functools
+import inspect
 
 import torch
 import torch.distributed as dist
 
 # DeepSpeed's fused optimizers compute what these do; the table's shard is too small for the difference to matter.
 _PLAIN = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-_SETTINGS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "maximize")
+_SETTINGS = (
+    *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad"),
+    *("momentum", "dampening", "nesterov", "maximize"),
+)
 
 
 class TableOptimizer:
@@ -45,7 +49,12 @@ class TableOptimizer:
     def _settings(self, kind=None):
         """The settings of the parameter group, as far as the plain optimizer knows them."""
         group = self.engine.basic_optimizer.param_groups[self.group_index]
-        known = (kind([torch.zeros(1)], lr=0.1) if kind else self.optimizer).param_groups[0]
+        if not group.get("bias_correction", True):
+            raise NotImplementedError(
+                "a sharded position table is trained with bias correction; leave bias_correction = false out of the "
+                "optimizer"
+            )
+        known = inspect.signature(kind).parameters if kind else self.optimizer.param_groups[0]
         settings = {name: group[name] for name in _SETTINGS if name in group and name in known}
         return {name: tuple(value) if name == "betas" else value for name, value in settings.items()}
 
