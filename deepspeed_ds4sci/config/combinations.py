@@ -2,7 +2,13 @@
 """What cannot work, refused at start with the reason: settings of the block that this version does not have, and
 settings of DeepSpeed's own that do not go with sequence parallelism."""
 
+import json
+
+import torch
+
 from deepspeed_ds4sci.config.schema import DS4SciConfig
+from deepspeed_ds4sci.sequence.local_attention import unsupported_reason
+from deepspeed_ds4sci.sequence.scores import ScoreRules, window_limits
 
 
 def check_combinations(config: DS4SciConfig, ds_config: dict) -> None:
@@ -19,6 +25,7 @@ def check_combinations(config: DS4SciConfig, ds_config: dict) -> None:
     for key, wanted, reason in _not_there_yet(config):
         if wanted:
             raise NotImplementedError(f"ds4sci.{key} is not supported: {reason}")
+    _check_attention(config)
     if config.position_embedding.sharded and not config.sequence_parallel.enabled():
         raise ValueError(
             "ds4sci.position_embedding.sharded needs ds4sci.sequence_parallel.size of at least 2: with one GPU per "
@@ -51,6 +58,24 @@ def _not_there_yet(config):
     )
 
 
+def _check_attention(config):
+    """Refuses a named implementation that cannot do what the block asks of it, whatever the model is."""
+    attention, masked = config.attention, config.attention_mask.enabled()
+    if attention.implementation in ("fastest", "flash_attn"):  # the package's version is known where it is installed
+        return
+    left, right = window_limits(True, None if masked else attention.sliding_window or None)
+    rules = ScoreRules(
+        1.0,
+        left,
+        None if masked else right,
+        slopes=torch.ones(1) if config.position_embedding.kind == "alibi" else None,
+        mask=torch.ones(1, 1, 1, 1, dtype=torch.bool) if masked else None,
+    )
+    reason = unsupported_reason(attention.implementation, rules)
+    if reason is not None:
+        raise NotImplementedError(f"ds4sci.attention.implementation: {reason}")
+
+
 def _check_sequence_parallel(config, ds_config):
     size = config.sequence_parallel.size
     for key in ("sequence_parallel_size", "data_parallel_size"):
@@ -64,15 +89,25 @@ def _check_sequence_parallel(config, ds_config):
             raise NotImplementedError(f"{key} does not go with ds4sci.sequence_parallel.size = {size}: {reason}")
 
 
+def _section(ds_config, *path):
+    """The object at a path of keys; an empty one where there is none."""
+    section, seen = ds_config, []
+    for key in path:
+        section = section.get(key, {})
+        seen.append(key)
+        if not isinstance(section, dict):
+            raise ValueError(f"{'.'.join(seen)} must be a JSON object, got {json.dumps(section)}")
+    return section
+
+
 def _against_sequence_parallel(config, ds_config):
-    zero = ds_config.get("zero_optimization", {})
-    efficiency = ds_config.get("data_efficiency", {})
-    routing = efficiency.get("data_routing", {}).get("random_ltd", {})
+    zero = _section(ds_config, "zero_optimization")
+    routing = _section(ds_config, "data_efficiency", "data_routing", "random_ltd")
     one_meaning = "the gradient scale is chosen for DeepSpeed's mean over data-parallel ranks"
     rows = (
         (
             "tensor_parallel.autotp_size",
-            ds_config.get("tensor_parallel", {}).get("autotp_size", 0) > 1,
+            _section(ds_config, "tensor_parallel").get("autotp_size", 0) > 1,
             "the ranks of a sequence group hold the same weights",
         ),
         ("gradient_allreduce_op = sum", ds_config.get("gradient_allreduce_op") == "sum", one_meaning),
@@ -88,13 +123,17 @@ def _against_sequence_parallel(config, ds_config):
         ),
         (
             "hybrid_engine",
-            ds_config.get("hybrid_engine", {}).get("enabled", False),
+            _section(ds_config, "hybrid_engine").get("enabled", False),
             "generation is not sharded",
         ),
-        ("elasticity", ds_config.get("elasticity", {}).get("enabled", False), "it computes batch sizes from all GPUs"),
+        (
+            "elasticity",
+            _section(ds_config, "elasticity").get("enabled", False),
+            "it computes batch sizes from all GPUs",
+        ),
         (
             "compile.deepcompile",
-            ds_config.get("compile", {}).get("deepcompile", False),
+            _section(ds_config, "compile").get("deepcompile", False),
             "it bypasses hooks",
         ),
         (
@@ -102,7 +141,7 @@ def _against_sequence_parallel(config, ds_config):
             routing.get("enabled", False),
             "dropping tokens changes who holds which position",
         ),
-        ("expert_parallel", ds_config.get("expert_parallel", {}).get("enabled", False), "its groups overlap ours"),
+        ("expert_parallel", _section(ds_config, "expert_parallel").get("enabled", False), "its groups overlap ours"),
         ("sparse_gradients", ds_config.get("sparse_gradients", False), "sparse reduction has no test here"),
         (
             "zero_optimization.reduce_scatter = false at stage 3",
@@ -120,7 +159,7 @@ def _against_sequence_parallel(config, ds_config):
         rows += (
             (
                 "fp16",
-                ds_config.get("fp16", {}).get("enabled", False) in (True, "auto"),
+                _section(ds_config, "fp16").get("enabled", False) in (True, "auto"),
                 "the sharded position table has no loss scaling; use bf16",
             ),
             (

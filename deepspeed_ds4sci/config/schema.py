@@ -58,6 +58,14 @@ class SequenceParallelConfig(_Block):
         return self.mode if isinstance(self.mode, str) else {"ulysses": self.mode.ulysses, "ring": self.mode.ring}
 
     @model_validator(mode="after")
+    def _settings_have_an_effect(self):
+        if self.model_fields_set and "size" not in self.model_fields_set:
+            raise ValueError(
+                f"size is missing, without which {', '.join(sorted(self.model_fields_set))} has no effect"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _grid_fits(self):
         if self.mode != "megatron":
             split_mode(self.size, self.layout_mode())
@@ -123,8 +131,9 @@ class AttentionConfig(_Block):
         "fastest"
     )
     """`flash` (FlashAttention-2), `cudnn`, `efficient` and `math` are PyTorch's scaled-dot-product kernels, `flex` its
-    compiled one, `flash_attn` the package of that name, `tiled` our own in plain PyTorch. `fastest`: the fastest that
-    takes the inputs. `flash` and `cudnn` take no masks, windows or ALiBi, `flash_attn` no masks."""
+    compiled one, `flash_attn` the package of that name, `tiled` our own in plain PyTorch. `fastest`: what
+    PyTorch picks among its own for plain and causal attention, `tiled` for everything else. `flash` and `cudnn` take
+    no masks, windows or ALiBi, `flash_attn` no masks."""
 
     sliding_window: int = Field(0, ge=0)
     """Tokens that each token attends to, itself included. 0: no window."""

@@ -42,6 +42,10 @@ def test_no_block_is_none_and_an_empty_block_asks_for_nothing():
             {"sequence_parallel": {"size": 4, "mode": {"ulysses": 2, "ring": 3}}},
             r"ulysses \* ring = size = 4, got 2 \* 3",
         ),
+        (
+            {"sequence_parallel": {"mode": "ring", "padding": "refuse"}},
+            r"sequence_parallel: .*size is missing, without which mode, padding has no effect",
+        ),
         ({"attention_mask": {"kind": "block"}}, r"ds4sci\.attention_mask\.kind: .*'document'.*got 'block'"),
         ({"position_embedding": {"sharded": True}}, r'sharded needs kind "learned", got \'model\''),
         ({"position_embedding": {"scaling": {"factor": 2.0}}}, r'scaling: factor .* no effect with kind "none"'),
@@ -137,6 +141,34 @@ def with_parallel(**others):
         ),
         (with_parallel(expert_parallel={"enabled": True}), NotImplementedError, "expert_parallel"),
         (with_parallel(sparse_gradients=True), NotImplementedError, "sparse_gradients"),
+        *(
+            (with_parallel(**{key: value}), ValueError, f"{key} must be a JSON object, got {shown}")
+            for key, value, shown in (
+                ("zero_optimization", True, "true"),
+                ("tensor_parallel", None, "null"),
+                ("compile", [1], r"\[1\]"),
+            )
+        ),
+        (
+            with_parallel(data_efficiency={"data_routing": 3}),
+            ValueError,
+            r"data_efficiency\.data_routing must be a JSON object, got 3",
+        ),
+        (
+            block(attention={"implementation": "flash", "sliding_window": 5}),
+            NotImplementedError,
+            'ds4sci.attention.implementation: "flash" does not support window',
+        ),
+        (
+            block(attention={"implementation": "cudnn"}, attention_mask={"kind": "causal"}),
+            NotImplementedError,
+            'ds4sci.attention.implementation: "cudnn" does not support mask',
+        ),
+        (
+            block(attention={"implementation": "flash"}, position_embedding={"kind": "alibi"}),
+            NotImplementedError,
+            'ds4sci.attention.implementation: "flash" does not support alibi',
+        ),
         (with_parallel(managed_gradient_accumulation=False), NotImplementedError, "managed_gradient_accumulation"),
     ],
 )
@@ -210,8 +242,8 @@ def test_check_explains_in_plain_words(tmp_path, capsys):
     "features, words",
     [
         (
-            {"attention": {"implementation": "flash", "sliding_window": 9}},
-            ('Attention is computed by "flash" or, where that cannot be, refused.', "attends to 9 tokens, itself"),
+            {"attention": {"implementation": "math", "sliding_window": 9}},
+            ('Attention is computed by "math" or, where that cannot be, refused.', "attends to 9 tokens, itself"),
         ),
         (
             {"attention_mask": {"kind": "document"}, "sequence_parallel": {"size": 4, "mode": "ring"}},
