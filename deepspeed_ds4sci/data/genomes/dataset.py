@@ -101,12 +101,15 @@ class GenomeDataset(IterableDataset):
         self._origin = self._next = 0  # windows before this run, and before the next round of this run
         # Epoch, the file's turn in its order, where there the block starts, the block, and its first window's number.
         self._place = (0, 0, 0, 0, 0)
+        self._ended = False
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if get_worker_info() is not None:
             raise NotImplementedError(
                 "GenomeDataset keeps its place in the process that iterates over it: use num_workers = 0, got a worker"
             )
+        if self._ended:  # another loop over the same object is another pass; a state taken before it says the end
+            self._next, self._place, self._ended = 0, (0, 0, 0, 0, 0), False
         origin = self._origin = self._next
         window = None
         number = origin
@@ -118,6 +121,7 @@ class GenomeDataset(IterableDataset):
         if dealt % self.size and self.rank >= dealt % self.size:
             self._next = origin + -(-dealt // self.size) * self.size
             yield self.item(window) | {"labels": torch.full((self.config.context,), IGNORE)}
+        self._ended = True
 
     def state_dict(self) -> dict:
         """Where the stream is: the same on all ranks once they have had as many items. Plain values.
@@ -138,7 +142,7 @@ class GenomeDataset(IterableDataset):
         ]
         if differing:
             raise ValueError(f"the state is of other data: it has {'; '.join(differing)}")
-        self._next, self._place = state["windows"], tuple(state["place"])
+        self._next, self._place, self._ended = state["windows"], tuple(state["place"]), False
 
     def item(self, window: Window) -> dict[str, torch.Tensor]:
         """The tensors of one window."""

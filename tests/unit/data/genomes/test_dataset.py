@@ -55,6 +55,17 @@ def test_windows_are_the_documents_cut(files, context):
     assert all(set(window.documents.tolist()) <= {0, -1} for window in apart)
 
 
+def test_another_loop_is_another_pass(files):
+    dataset = GenomeDataset(files, config(), epochs=1)
+    passes = [items(dataset) for _ in range(3)]
+    assert passes[0] and passes[0] == passes[1] == passes[2]
+    state = dataset.state_dict()
+    resumed = GenomeDataset(files, config(), epochs=1)
+    resumed.load_state_dict(state)
+    assert items(resumed) == []  # it was taken at the end
+    assert items(resumed) == passes[0]
+
+
 def test_items_say_where_documents_start(files):
     last = list(GenomeDataset(files[:1], config(), epochs=1))[-1]
     assert last["input_ids"].dtype == torch.int64
