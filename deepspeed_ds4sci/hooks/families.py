@@ -46,6 +46,10 @@ class EsmFamily(Family):
         embeddings = model.base_model.embeddings
         _TokenDropout(embeddings, state).install()
 
+    def head(self, model):
+        """The output embeddings are the last part of it."""
+        return getattr(model, "lm_head", None)
+
 
 class GenSLMFamily(Family):
     """Our own decoder, which takes attention and the reduction of the loss from outside."""
@@ -112,9 +116,6 @@ class GenSLMFamily(Family):
             return mask, documents
         documents = torch.zeros_like(arguments["input_ids"]) if documents is None else documents
         return None, documents.masked_fill(mask == 0, -1)
-
-    def loss(self, state, output, training):
-        return output["loss"]
 
 
 class _BatchAttention:
@@ -197,7 +198,13 @@ FAMILIES = (
         documents_from="document_ids",
     ),
     EsmFamily(
-        "esm", False, "EsmSelfAttention", "EsmLayer", ("EsmForMaskedLM", "EsmModel"), rotary="rotary_embeddings"
+        "esm",
+        False,
+        "EsmSelfAttention",
+        "EsmLayer",
+        ("EsmForMaskedLM", "EsmModel"),
+        rotary="rotary_embeddings",
+        feed_forward="feed_forward_chunk",
     ),
     ViTFamily(
         "vit",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.family import remove_all
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
 from deepspeed_ds4sci.sequence.blocks import accumulation_dtype
 from deepspeed_ds4sci.sequence.groups import SequenceGroups
@@ -194,6 +195,6 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
 
 def detach(model) -> None:
     """Undoes an earlier engine's hooks on the same model."""
+    remove_all(getattr(model, "ds4sci_tiling", []))
     state = getattr(model, "ds4sci_sequence", None)
-    for handle in () if state is None else state.handles:
-        handle.remove()
+    remove_all([] if state is None else state.handles)

@@ -44,6 +44,10 @@ class ViTFamily(Family):
     def read(self, model, state, arguments):
         return arguments
 
+    def head(self, model):
+        """What makes logits takes one vector per image, not tokens."""
+        return None
+
     def finish(self, model, state, output):
         share = state.divisor / (state.groups.dp_size * state.groups.sp_size)
         samples = next(value for value in output.values() if isinstance(value, torch.Tensor) and value.dim()).shape[0]

@@ -223,7 +223,8 @@ def refusals():
     strict, *_ = engine_of(config={**case.ds_config(1), "ds4sci": refuse})
     found["length"] = message_of(strict, **tiny_models.batch("gpt2", 1, 15, 0))
     found["table of a rotary model"] = message_of(engine_of, "llama", case=Case("llama", sharded_table=True))
-    found["tiling of another model"] = message_of(engine_of, case=Case("gpt2", features={"tiling": {"mlp": 4}}))
+    tiles = Case("gpt2", size=1, features={"tiling": {"mlp": 4, "loss": 4}})
+    found["tiles of no layers"] = message_of(engine_of, model=_without_attention(), case=tiles)
     pooled = tiny_models.build("vit").vit
     pooled.pooler = torch.nn.Identity()
     found["images with a pooling layer"] = message_of(engine_of, model=pooled)
