@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deepspeed_ds4sci.hooks.family import Family, OnRemoval
-from deepspeed_ds4sci.hooks.vision import ViTFamily
+from deepspeed_ds4sci.hooks.vision import TimmViTFamily, ViTFamily
 from deepspeed_ds4sci.models.genslm import shift_labels
 from deepspeed_ds4sci.sequence.inputs import ShardedBatch
 
@@ -215,6 +215,7 @@ FAMILIES = (
         inputs=("pixel_values",),
         others=("labels", "interpolate_pos_encoding"),
     ),
+    TimmViTFamily("timm", False, "Attention", "Block", ("VisionTransformer",), inputs=("x",), others=()),
 )
 
 

@@ -186,7 +186,7 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
             rank=0 if groups is None else groups.sp_rank,
             padding=parallel.padding,
             causal=family_of(model).is_causal(model),
-            pad_token_id=getattr(model.config, "pad_token_id", None) or 0,
+            pad_token_id=getattr(getattr(model, "config", None), "pad_token_id", None) or 0,
         ),
         zero_stage=context.zero_stage,
         window=attention.sliding_window,
