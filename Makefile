@@ -83,6 +83,8 @@ $(READY): pyproject.toml setup.py
 	@# DeepSpeed records at build time which accelerator there is, so it is built beside the torch it will run with.
 	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja packaging
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,genomes,test,lint]"
+	@# Without torchvision, which would replace the torch above by the one it was built for; tests need none of it.
+	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0,<2"
 	@# A DeepSpeed of the outer environment has its launcher there, which would start the outer Python.
 	@[ -x $(BIN)/deepspeed ] || $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall \
 	    "deepspeed>=0.19.8,<0.20"

@@ -7,7 +7,7 @@ import json
 import torch
 
 from deepspeed_ds4sci.config.schema import DS4SciConfig
-from deepspeed_ds4sci.sequence.local_attention import unsupported_reason
+from deepspeed_ds4sci.sequence.local_attention import unkept_reason, unsupported_reason
 from deepspeed_ds4sci.sequence.scores import ScoreRules, window_limits
 
 
@@ -26,6 +26,14 @@ def check_combinations(config: DS4SciConfig, ds_config: dict) -> None:
         if wanted:
             raise NotImplementedError(f"ds4sci.{key} is not supported: {reason}")
     _check_attention(config)
+    if config.activation_checkpointing.kind == "keep_attention":
+        reason = unkept_reason(config.attention.implementation)
+        if reason is not None:
+            raise NotImplementedError(
+                f'ds4sci.activation_checkpointing.kind = "keep_attention" does not go with '
+                f'ds4sci.attention.implementation = "{config.attention.implementation}": {reason}, so there is no '
+                'output to keep; choose another implementation, or kind "full"'
+            )
     if config.position_embedding.sharded and not config.sequence_parallel.enabled():
         raise ValueError(
             "ds4sci.position_embedding.sharded needs ds4sci.sequence_parallel.size of at least 2: with one GPU per "

@@ -201,10 +201,11 @@ class TilingConfig(_Block):
     """Compute a layer in pieces of the sequence, which bounds its temporary memory."""
 
     mlp: int = Field(0, ge=0)
-    """Tokens per piece in the feed-forward layers. 0: off."""
+    """Tokens of each sequence per piece in the feed-forward layers. 0: off."""
 
     loss: int = Field(0, ge=0)
-    """Tokens per piece in the output layer and the cross entropy. 0: off."""
+    """Tokens per piece in the output layer and the cross entropy, of language models. A batch with labels then gives
+    its loss and no logits. 0: off."""
 
     def enabled(self) -> bool:
         return self.mlp > 0 or self.loss > 0

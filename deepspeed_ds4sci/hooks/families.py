@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deepspeed_ds4sci.hooks.family import Family, OnRemoval
-from deepspeed_ds4sci.hooks.vision import ViTFamily
+from deepspeed_ds4sci.hooks.vision import TimmViTFamily, ViTFamily
 from deepspeed_ds4sci.models.genslm import shift_labels
 from deepspeed_ds4sci.sequence.inputs import ShardedBatch
 from deepspeed_ds4sci.sequence.masks import within
@@ -46,6 +46,10 @@ class EsmFamily(Family):
         super().prepare(model, state)
         embeddings = model.base_model.embeddings
         _TokenDropout(embeddings, state).install()
+
+    def head(self, model):
+        """The output embeddings are the last part of it."""
+        return getattr(model, "lm_head", None)
 
 
 class GenSLMFamily(Family):
@@ -113,9 +117,6 @@ class GenSLMFamily(Family):
             return mask, documents
         documents = torch.zeros_like(arguments["input_ids"]) if documents is None else documents
         return None, documents.masked_fill(mask == 0, -1)
-
-    def loss(self, state, output, training):
-        return output["loss"]
 
 
 class _BatchAttention:
@@ -199,7 +200,13 @@ FAMILIES = (
         others=(*Family.others, "document_ids"),
     ),
     EsmFamily(
-        "esm", False, "EsmSelfAttention", "EsmLayer", ("EsmForMaskedLM", "EsmModel"), rotary="rotary_embeddings"
+        "esm",
+        False,
+        "EsmSelfAttention",
+        "EsmLayer",
+        ("EsmForMaskedLM", "EsmModel"),
+        rotary="rotary_embeddings",
+        feed_forward="feed_forward_chunk",
     ),
     ViTFamily(
         "vit",
@@ -210,6 +217,7 @@ FAMILIES = (
         inputs=("pixel_values",),
         others=("labels", "interpolate_pos_encoding"),
     ),
+    TimmViTFamily("timm", False, "Attention", "Block", ("VisionTransformer",), inputs=("x",), others=()),
 )
 
 

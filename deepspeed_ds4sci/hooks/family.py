@@ -23,6 +23,7 @@ class Family:
     classes: class names of the models that may be split.
     position_table: attribute of the base model that is its learned position table, if it has one.
     rotary: attribute of the base model that makes its rotary angles, if it has one.
+    feed_forward: path, inside a layer, of the method that treats tokens one by one between attentions.
     mask_says_all: a 4-D attention mask in the batch takes the place of causality, documents and padding; else all of
         them hold together.
     documents_from: the argument that tells documents apart.
@@ -36,6 +37,7 @@ class Family:
     classes: tuple[str, ...]
     position_table: str | None = None
     rotary: str | None = None
+    feed_forward: str = "mlp.forward"
     mask_says_all: bool = True
     documents_from: str = "position_ids"
     inputs: tuple[str, ...] = ("input_ids", "inputs_embeds")
@@ -54,6 +56,15 @@ class Family:
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The repeated blocks, in order."""
         return [module for module in model.modules() if type(module).__name__ == self.layer]
+
+    def feed_forwards(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        """(module, name of its method): what each layer does with tokens one by one, in order."""
+        path, _, method = self.feed_forward.rpartition(".")
+        return [(layer.get_submodule(path), method) for layer in self.layers(model)]
+
+    def head(self, model: nn.Module) -> nn.Module | None:
+        """The module that makes logits of hidden states, token by token; None: the model has none."""
+        return model.get_output_embeddings()
 
     def heads(self, model: nn.Module) -> int:
         """Query heads of a layer."""
@@ -108,8 +119,8 @@ class Family:
         return output
 
     def loss(self, state, output, training: bool) -> torch.Tensor:
-        """The global mean loss of a batch with labels."""
-        return state.loss(output["logits"], training)
+        """The global mean loss of a batch with labels; the output has it where the loss is formed in tiles."""
+        return output["loss"] if "loss" in output else state.loss(output["logits"], training)
 
     def prepare(self, model: nn.Module, state) -> None:
         """Points a model whose sequences are split at `state`. Raises NotImplementedError for a variant that cannot
@@ -154,6 +165,12 @@ class OnRemoval:
 
     def remove(self):
         self._undo()
+
+
+def remove_all(handles: list) -> None:
+    """Undoes what the handles stand for, the latest first, and empties the list."""
+    while handles:
+        handles.pop().remove()
 
 
 def _without_cache(model, arguments):

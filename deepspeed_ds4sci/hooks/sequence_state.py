@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.family import remove_all
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
 from deepspeed_ds4sci.sequence.blocks import accumulation_dtype
 from deepspeed_ds4sci.sequence.groups import SequenceGroups
@@ -188,7 +189,7 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
             rank=0 if groups is None else groups.sp_rank,
             padding=parallel.padding,
             causal=family_of(model).is_causal(model),
-            pad_token_id=getattr(model.config, "pad_token_id", None) or 0,
+            pad_token_id=getattr(getattr(model, "config", None), "pad_token_id", None) or 0,
         ),
         zero_stage=context.zero_stage,
         window=attention.sliding_window,
@@ -197,6 +198,6 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
 
 def detach(model) -> None:
     """Undoes an earlier engine's hooks on the same model."""
+    remove_all(getattr(model, "ds4sci_tiling", []))
     state = getattr(model, "ds4sci_sequence", None)
-    for handle in () if state is None else state.handles:
-        handle.remove()
+    remove_all([] if state is None else state.handles)

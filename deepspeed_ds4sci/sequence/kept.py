@@ -100,7 +100,9 @@ class _Pass(TorchDispatchMode):
 def _operations():
     names = (getattr(torch.ops.aten, name, None) for name in _FUSED_ATTENTION)
     found = {packet.default for packet in names if packet is not None}
-    # The package of that name registers its own, version 2.6 and newer.
-    package = getattr(torch.ops, "flash_attn", None)
-    forward = getattr(package, "_flash_attn_forward", None)
-    return found if forward is None else {*found, forward.default}
+    return {*found, torch.ops.flash_attn._flash_attn_forward.default} if keeps_flash_attn() else found
+
+
+def keeps_flash_attn() -> bool:
+    """Whether the package flash_attn, which is imported by now, registers an operation; its early versions do not."""
+    return hasattr(torch.ops.flash_attn, "_flash_attn_forward")

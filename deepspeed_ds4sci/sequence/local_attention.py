@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepspeed_ds4sci.sequence.blocks import BlockKernel
+from deepspeed_ds4sci.sequence.kept import keeps_flash_attn
 from deepspeed_ds4sci.sequence.ring import ring_attention
 from deepspeed_ds4sci.sequence.scores import ScoreRules
 
@@ -61,6 +62,20 @@ def unavailable_reason(implementation: str, device_type: str) -> str | None:
         return f'"{implementation}" needs a CUDA GPU; "flash", "math" and "tiled" work on the CPU'
     if device_type == "cpu" and implementation == "flex":
         return '"flex" has no backward pass on the CPU; "tiled" takes the same masks'
+    return None
+
+
+def unkept_reason(implementation: str) -> str | None:
+    """Why recomputation cannot take over what an implementation returned (see `kept`); None: it can.
+
+    Of flash_attn only the installed package can tell; where there is none, nothing is said.
+    """
+    if implementation == "math":
+        return '"math" is many operations of torch, none of which is attention'
+    if implementation == "flex":
+        return 'the compiled kernel of "flex" is no operation of torch'
+    if implementation == "flash_attn" and _flash_attn() and not keeps_flash_attn():
+        return "the installed flash_attn registers no operation of torch, as newer versions do"
     return None
 
 

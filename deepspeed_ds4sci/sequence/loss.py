@@ -18,9 +18,9 @@ def gradient_divisor(zero_stage: int, dp_size: int, world_size: int) -> int:
     return world_size if zero_stage == 3 else dp_size
 
 
-def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+def shift_labels(labels: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
     """[B, S]: the label of each position is the next token; the last position has none. Before any sharding."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 
 def sharded_cross_entropy(

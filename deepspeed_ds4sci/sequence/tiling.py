@@ -18,7 +18,7 @@ def tiled(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, til
     """function(x) for a function that treats positions along `dim` one by one, such as an MLP block.
 
     Args:
-        function: keeps the length of `dim`; may hold parameters and dropout.
+        function: keeps the length of `dim`; may hold parameters and dropout. It gets contiguous tiles.
         x: any shape.
         tile: positions at a time, at least 1. The last tile may be shorter.
 
@@ -31,7 +31,11 @@ def tiled(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, til
     parts = _split(x, tile, dim)
     if len(parts) == 1:
         return function(x)
-    return torch.cat([_recomputed(function, part) for part in parts], dim)
+
+    def run(part):  # a copy, if there is one, is not kept for the backward pass
+        return function(part.contiguous())
+
+    return torch.cat([_recomputed(run, part) for part in parts], dim)
 
 
 def tiled_cross_entropy(

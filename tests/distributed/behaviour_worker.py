@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from tests.distributed import tiny_models
 from tests.distributed.engine_worker import Case, full, gradient, relative_error, scale_of
+from tests.helpers import timm_models
 
 
 def message_of(function, *args, **kwargs):
@@ -150,20 +151,25 @@ def own_loss(stage):
     return worst, tuple(shape)
 
 
-def own_image_loss(stage):
-    """As own_loss, for images, whose whole sequence ends in one vector; and the difference of the logits."""
-    model = tiny_models.build("vit")
+def own_image_loss(stage, name="vit", recomputed=None):
+    """As own_loss, for images, whose whole sequence ends in one vector; and the difference of the logits.
+
+    recomputed: what is (a kind of activation checkpointing), beside tiled feed-forward layers.
+    """
+    features = {"activation_checkpointing": {"kind": recomputed}, "tiling": {"mlp": 2}} if recomputed else {}
+    model = tiny_models.build(name)
     reference = copy.deepcopy(model)
     batch = tiny_models.batch("vit", 2, 0, 0)
     weights = torch.tensor([0.3, 1.7])
 
     def loss_of(run):
-        logits = run(pixel_values=batch["pixel_values"]).logits
+        logits = run(batch["pixel_values"])
+        logits = logits if name == "timm" else logits.logits
         return (torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none") * weights).sum(), logits
 
     expected, theirs = loss_of(reference)
     expected.backward()
-    engine, *_ = engine_of(case=Case("vit", stage=stage, mode="ring"), model=model)
+    engine, *_ = engine_of(case=Case(name, stage=stage, mode="ring", features=features), model=model)
     loss, ours = loss_of(engine)
     engine.backward(loss)
     gradients = {name: p.grad for name, p in reference.named_parameters()}
@@ -223,7 +229,8 @@ def refusals():
     strict, *_ = engine_of(config={**case.ds_config(1), "ds4sci": refuse})
     found["length"] = message_of(strict, **tiny_models.batch("gpt2", 1, 15, 0))
     found["table of a rotary model"] = message_of(engine_of, "llama", case=Case("llama", sharded_table=True))
-    found["tiling of another model"] = message_of(engine_of, case=Case("gpt2", features={"tiling": {"mlp": 4}}))
+    tiles = Case("gpt2", size=1, features={"tiling": {"mlp": 4, "loss": 4}})
+    found["tiles of no layers"] = message_of(engine_of, model=_without_attention(), case=tiles)
     pooled = tiny_models.build("vit").vit
     pooled.pooler = torch.nn.Identity()
     found["images with a pooling layer"] = message_of(engine_of, model=pooled)
@@ -232,6 +239,8 @@ def refusals():
         ("positions of images", {"position_embedding": {"kind": "alibi"}}),
     ):
         found[what] = message_of(engine_of, "vit", case=Case("vit", features=features))
+    if timm_models.INSTALLED:
+        found["images that lose patches"] = message_of(engine_of, model=_with_dropped_paths())
     found["nothing changed"] = message_of(engine_of, model=_without_attention())
     adagrad = Case("gpt2", sharded_table=True, optimizer={"type": "Adagrad", "params": {"lr": 0.1}})
     found["table with another optimizer"] = message_of(engine_of, case=adagrad)
@@ -242,6 +251,10 @@ def _without_attention():
     model = tiny_models.build("gpt2")
     model.transformer.h = torch.nn.ModuleList()
     return model
+
+
+def _with_dropped_paths():
+    return timm_models.load().create_model("vit_tiny_patch16_224", img_size=32, depth=2, drop_path_rate=0.1)
 
 
 def client_optimizer():

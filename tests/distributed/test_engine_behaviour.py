@@ -4,6 +4,7 @@
 import pytest
 
 from tests.distributed.behaviour_worker import run
+from tests.helpers import timm_models
 from tests.helpers.distributed import run_distributed
 
 TWO_RANKS = [
@@ -17,6 +18,7 @@ TWO_RANKS = [
     ("own_loss", 3),
     ("own_image_loss", 0),
     ("own_image_loss", 3),
+    *([("own_image_loss", 0, "timm"), ("own_image_loss", 3, "timm", "full")] if timm_models.INSTALLED else []),
     ("evaluation",),
     ("refusals",),
     ("client_optimizer",),
@@ -97,6 +99,23 @@ def test_a_script_computes_its_own_loss_from_the_logits_of_images(two_ranks, sta
 
 
 @pytest.mark.distributed(2)
+@pytest.mark.skipif(not timm_models.INSTALLED, reason=timm_models.REASON)
+@pytest.mark.parametrize("stage_and_kind", [(0,), (3, "full")], ids=str)
+def test_the_logits_of_timm_too(two_ranks, stage_and_kind):
+    stage, *kind = stage_and_kind
+    for results in two_ranks:
+        worst, difference = results[("own_image_loss", stage, "timm", *kind)]
+        assert worst <= 2e-6 and difference <= 1e-5
+
+
+@pytest.mark.distributed(2)
+@pytest.mark.skipif(not timm_models.INSTALLED, reason=timm_models.REASON)
+def test_refuses_to_drop_something_else_on_each_rank(two_ranks):
+    message = "NotImplementedError: DropPath would leave out something else on each of the GPUs that share an image"
+    assert two_ranks[0]["refusals",]["images that lose patches"].startswith(message)
+
+
+@pytest.mark.distributed(2)
 def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
     for results in two_ranks:
         found = results["evaluation",]
@@ -126,7 +145,7 @@ def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
             "table of a rotary model",
             "NotImplementedError: ds4sci.position_embedding.kind = learned needs a model with",
         ),
-        ("tiling of another model", "NotImplementedError: ds4sci.tiling works with the decoder of deepspeed_ds4sci"),
+        ("tiles of no layers", "ValueError: ds4sci.tiling is enabled but changes nothing in GPT2LMHeadModel"),
         ("images with a pooling layer", "NotImplementedError: ViTModel with a pooling layer cannot be split"),
         ("masks of images", "NotImplementedError: ds4sci.attention_mask does not go with ViTForImageClassification"),
         ("positions of images", "NotImplementedError: ViTForImageClassification learns positions in the plane"),

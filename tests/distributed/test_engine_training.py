@@ -24,6 +24,10 @@ def recomputed(kind, cpu_offload=False):
     return {"activation_checkpointing": {"kind": kind, "cpu_offload": cpu_offload}}
 
 
+def tiled(**parts):
+    return {"tiling": parts or {"mlp": 3, "loss": 5}}
+
+
 def mask(kind, **others):
     return {"attention_mask": {"kind": kind, "cpu_threshold": 8, **others}}
 
@@ -42,6 +46,9 @@ ONE_RANK = [
     Case("genslm-rotary", size=1, stage=1, variant="documents", features=mask("document")),
     Case("gpt_neox", size=1, stage=1, variant="window", features={"attention": {"sliding_window": 5}}),
     Case("vit", size=1, stage=1, variant="tiled", features={"attention": {"implementation": "tiled"}}),
+    Case("gpt_neox", size=1, stage=2, accumulation=2, variant="tiled", features=tiled()),
+    Case("llama", size=1, stage=3, variant="tiled-and-recomputed", features={**tiled(), **recomputed("full")}),
+    Case("esm", size=1, stage=3, variant="tiled", features=tiled()),
     Case("gpt2", size=1, stage=2, variant="to-alibi", features=positions("alibi")),
     Case("gpt2", size=1, stage=1, variant="to-rotary", features=positions("rotary")),
     Case("llama", size=1, stage=3, variant="yarn", features=positions(scaling=YARN)),
@@ -80,7 +87,14 @@ TWO_RANKS = [
     Case("genslm-alibi", mode="ring", stage=2, seq_len=13, variant="odd-length"),
     Case("genslm-alibi", mode="ring", stage=3, variant="custom-mask"),
     Case("genslm-encoder", mode="ulysses", stage=1, seq_len=13, variant="odd-length"),
-    Case("genslm-rotary", stage=3, variant="tiled", features={"tiling": {"mlp": 3, "loss": 5}}),
+    Case("genslm-rotary", stage=3, variant="tiled", features=tiled()),
+    Case("gpt_neox", stage=3, accumulation=2, variant="tiled", features={**tiled(), **recomputed("full", True)}),
+    Case("gpt2", mode="ring", stage=3, variant="tiled", features=tiled()),
+    Case("gpt2", sharded_table=True, stage=1, accumulation=2, variant="tiled", features=tiled()),
+    Case("llama", stage=2, seq_len=13, variant="padding", features={**tiled(), **recomputed("keep_attention")}),
+    Case("esm", mode="ring", stage=3, seq_len=13, variant="padding", features=tiled()),
+    Case("esm", variant="tiled", features=tiled()),
+    Case("vit", variant="tiled", features=tiled(mlp=2)),
     Case("genslm-rotary", stage=2, variant="recomputed", features={"activation_checkpointing": {"kind": "selective"}}),
     Case("llama", stage=3, variant="recomputed", features={"activation_checkpointing": {"kind": "full"}}),
     Case(
@@ -138,6 +152,7 @@ FOUR_RANKS = [
     Case("genslm-rotary", size=4, mode=GRID, stage=2, seq_len=19, variant="documents", features=mask("document")),
     Case("gpt2", size=4, mode=GRID, stage=3, seq_len=19, variant="to-alibi", features=positions("alibi")),
     Case("genslm-rotary", size=4, mode=GRID, stage=1, variant="yarn", features=positions(scaling=YARN)),
+    Case("llama", size=2, stage=3, variant="tiled", features=tiled()),
     Case("vit", size=2, stage=2, mode="ring", accumulation=2),
     Case("vit", size=4, stage=3, mode=GRID),
     Case("gpt2", size=2, stage=2, sharded_table=True, **FIVE_CLIPPED_STEPS),

@@ -108,6 +108,25 @@ def _vit():
     )
 
 
+def _timm():
+    """The same in timm. Its layers start at 0.02, where attention is all but uniform, so weights are drawn again."""
+    from tests.helpers import timm_models
+
+    model = timm_models.load().create_model(
+        "vit_tiny_patch16_224",
+        img_size=12,
+        patch_size=4,
+        embed_dim=HIDDEN,
+        depth=LAYERS,
+        num_heads=HEADS,
+        num_classes=5,
+    )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def _genslm(position_embedding, **settings):
     from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
 
@@ -137,6 +156,7 @@ BUILDERS = {
     "llama": _llama,
     "esm": _esm,
     "vit": _vit,
+    "timm": _timm,
 }
 
 
@@ -153,7 +173,7 @@ def build(name):
 def batch(name, rows, seq_len, seed, ignored=0.3):
     """`rows` sequences with labels, of which a share does not count; or images, each with one."""
     generator = torch.Generator().manual_seed(seed)
-    if name == "vit":
+    if name in ("vit", "timm"):
         images = torch.randn(rows, 3, 12, 12, generator=generator)
         return {"pixel_values": images, "labels": torch.randint(5, (rows,), generator=generator)}
     tokens = torch.randint(5, VOCAB, (rows, seq_len), generator=generator)

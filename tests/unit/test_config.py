@@ -107,6 +107,14 @@ def with_parallel(**others):
             ValueError,
             r"sharded needs ds4sci\.sequence_parallel\.size of at least 2",
         ),
+        *(
+            (
+                block(attention={"implementation": name}, activation_checkpointing={"kind": "keep_attention"}),
+                NotImplementedError,
+                f'"keep_attention" does not go with ds4sci.attention.implementation = "{name}": .*{reason}, so there',
+            )
+            for name, reason in (("math", "none of which is attention"), ("flex", "is no operation of torch"))
+        ),
         (with_parallel(sequence_parallel_size=2), ValueError, "sequence_parallel_size and ds4sci"),
         (with_parallel(tensor_parallel={"autotp_size": 2}), NotImplementedError, "tensor_parallel.autotp_size"),
         (with_parallel(gradient_allreduce_op="sum"), NotImplementedError, "gradient_allreduce_op = sum"),

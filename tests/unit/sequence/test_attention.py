@@ -229,6 +229,17 @@ def test_flash_attn_package_v1_is_called_with_its_own_arguments(monkeypatch):
         SequenceParallelAttention(implementation="flash_attn")(*qkv, alibi_slopes=torch.rand(4))
 
 
+def test_only_attention_that_is_an_operation_can_be_kept(monkeypatch):
+    reason = local_attention.unkept_reason
+    assert [name for name in local_attention.IMPLEMENTATIONS if reason(name)] == ["math", "flex"]
+    _install_flash_attn(monkeypatch, flash_attn_unpadded_func=None)
+    assert "the installed flash_attn registers no operation of torch" in reason("flash_attn")
+    with torch.library._scoped_library("flash_attn", "FRAGMENT") as library:
+        library.define("_flash_attn_forward(Tensor q) -> Tensor")
+        assert reason("flash_attn") is None
+    assert reason("flash_attn")
+
+
 def _install_flash_attn(monkeypatch, **functions):
     interface = types.ModuleType("flash_attn.flash_attn_interface")
     vars(interface).update(functions)

@@ -30,6 +30,13 @@ def test_a_tiled_mlp_is_the_mlp(tile, dim):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
+def test_tiles_are_contiguous():
+    seen = []
+    x = torch.randn(2, 9, 6, requires_grad=True)
+    tiled(lambda part: seen.append(part.is_contiguous()) or part.sin(), x, 2).sum().backward()
+    assert len(seen) == 10 and all(seen)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_dropout_is_the_same_in_both_passes(nested):
     """With the masks of the forward pass, the gradient of a piecewise linear function is its slope along x."""
