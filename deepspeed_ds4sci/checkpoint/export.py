@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from deepspeed_ds4sci.checkpoint.manifest import check_files
+from deepspeed_ds4sci.checkpoint.manifest import check_files, folder_to_read
 from deepspeed_ds4sci.checkpoint.table_files import load_whole, save_whole, saved_table
 from deepspeed_ds4sci.models.configs import GenSLMConfig
 from deepspeed_ds4sci.models.hugging_face import to_hugging_face
@@ -24,10 +24,9 @@ def checkpoint_folder(directory: Path | str, tag: str | None = None) -> Path:
         if not latest.is_file():
             raise ValueError(f"{directory} must hold DeepSpeed checkpoints, but has no file `latest`; name a tag")
         tag = latest.read_text().strip()
-    folder = directory / tag
-    if not tag or not folder.is_dir():
-        raise ValueError(f"there is no checkpoint {folder}")
-    return folder
+    if not tag:
+        raise ValueError(f"{directory / 'latest'} is empty; name a tag")
+    return folder_to_read(directory / tag)
 
 
 def exported_state_dict(

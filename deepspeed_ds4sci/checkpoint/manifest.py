@@ -17,6 +17,23 @@ _CHUNK_BYTES = 2**18  # stays in a core's cache between the read and the sum
 _THREADS = 8  # of a command; zlib.crc32 and the reads run beside each other
 
 
+def replaced_by(folder: Path) -> Path:
+    """Where the older checkpoint of that name is while a newer one takes its place."""
+    return folder.with_name(f"{folder.name}.replaced")
+
+
+def folder_to_read(folder: Path) -> Path:
+    """`folder`, or where a crash while it was being replaced has left it.
+
+    Raises:
+        ValueError: it is neither here nor there.
+    """
+    for found in (folder, replaced_by(folder)):
+        if found.is_dir():
+            return found
+    raise ValueError(f"there is no checkpoint {folder}")
+
+
 def crc32_of(path: Path) -> str:
     """The CRC-32 of a file's content, 8 hexadecimal digits."""
     buffer = memoryview(bytearray(_CHUNK_BYTES))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from deepspeed_ds4sci.checkpoint.manifest import check_files, write_manifest
+from deepspeed_ds4sci.checkpoint.manifest import check_files, folder_to_read, write_manifest
 from deepspeed_ds4sci.checkpoint.table_files import load_whole, save_whole, saved_table
 from deepspeed_ds4sci.checkpoint.universal_files import write_universal_table
 from deepspeed_ds4sci.checkpoint.unpartitioned import write_unpartitioned
@@ -35,8 +35,7 @@ def to_universal(folder: Path | str, out: Path | str | None = None) -> Path:
     """
     folder = Path(folder)
     out = folder.with_name(f"{folder.name}_universal") if out is None else Path(out)
-    if not folder.is_dir():
-        raise ValueError(f"there is no checkpoint {folder}")
+    folder = folder_to_read(folder)
     if out.exists():
         raise ValueError(f"{out} exists already")
     manifest = check_files(folder)

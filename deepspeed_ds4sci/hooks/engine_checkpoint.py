@@ -26,6 +26,7 @@ from deepspeed_ds4sci.checkpoint.manifest import (
     files_of,
     read_manifest,
     replace_text,
+    replaced_by,
     write_manifest,
     write_sums,
 )
@@ -34,6 +35,11 @@ from deepspeed_ds4sci.hooks.random_checkpoint import RandomCheckpoint
 from deepspeed_ds4sci.hooks.stage0_universal import Stage0Universal, names_by_group
 
 logger = logging.getLogger(__name__)
+
+_CONVERT = (
+    "convert it with `python -m deepspeed_ds4sci.checkpoint universal {}`, and set checkpoint.load_universal in the "
+    "config"
+)
 
 
 class Part(Protocol):
@@ -74,7 +80,9 @@ class EngineCheckpoint:
         dist.barrier()
         written = [path for part in self.parts if (path := part.write(partial)) is not None]
         with _recorded(self.engine.checkpoint_engine, written):
-            original(save_dir, partial.name, {} if client_state is None else client_state, save_latest=False, **kwargs)
+            original(
+                save_dir, f"{tag}.partial", {} if client_state is None else client_state, save_latest=False, **kwargs
+            )
         written = [path for path in written if path.is_file()]
         written += files_of(partial / "offloaded_tensors" / f"rank{self._number:02d}")  # DeepSpeed's, of NVMe
         write_sums(partial, self._number, written)
@@ -175,19 +183,34 @@ class EngineCheckpoint:
                 f"{folder} is {'a' if universal else 'no'} universal checkpoint: checkpoint.load_universal in the "
                 f"config must be {str(universal).lower()}, got {str(not universal).lower()}"
             )
-        if universal or not with_state or engine.zero_elastic_checkpoint():
+        if universal:
             return
         saved = manifest["layout"]
+        self._check_table(folder, saved, with_state)
+        if not with_state or engine.zero_elastic_checkpoint():
+            return
         # Without ZeRO every rank has all of the optimizer state, however many there are.
         names = ("zero", "ranks") if saved["zero"] != "off" else ("zero",)
         for name in names:
             if saved[name] != self.layout[name]:
                 raise ValueError(
                     f"{folder} was saved with {name} = {saved[name]}, and this engine has {self.layout[name]}: its "
-                    "optimizer states are partitioned otherwise; convert it with "
-                    f"`python -m deepspeed_ds4sci.checkpoint universal {folder}`, and set checkpoint.load_universal "
-                    "in the config; or pass load_optimizer_states=False to take the weights alone"
+                    f"optimizer states are partitioned otherwise; {_CONVERT.format(folder)}; or pass "
+                    "load_optimizer_states=False to take the weights alone"
                 )
+
+    def _check_table(self, folder, saved, with_state):
+        """A table that one of the two has in parts: DeepSpeed's files lack it, or have it as one more weight."""
+        ours = self.layout["sharded_table"]
+        if saved["sharded_table"] == ours:
+            return
+        whole = "stage 3" not in (saved["zero"], self.layout["zero"])
+        if ours and whole and not with_state:
+            return  # the weights alone: the whole table is cut
+        raise ValueError(
+            f"{folder} was saved with{'' if saved['sharded_table'] else 'out'} position_embedding.sharded, and this "
+            f"engine is with{'' if ours else 'out'}; {_CONVERT.format(folder)}"
+        )
 
 
 def install_checkpoint(engine, context) -> None:
@@ -198,6 +221,7 @@ def install_checkpoint(engine, context) -> None:
         "ranks": dist.get_world_size(),
         "zero": {0: "off", 3: "stage 3"}.get(engine.zero_optimization_stage(), "stage 1 or 2"),
         "sequence_parallel": parallel.model_dump(include={"size", "mode"}),
+        "sharded_table": context.config.position_embedding.sharded,
     }
     engine.ds4sci_checkpoint = EngineCheckpoint(engine, layout)
     engine.ds4sci_checkpoint.parts.append(RandomCheckpoint(context.sequence))
@@ -236,7 +260,7 @@ def _agree(check):
 
 def _swap(partial, folder):
     """Gives `partial` its name. An older checkpoint of that name goes away last."""
-    replaced = folder.with_name(folder.name + ".replaced")
+    replaced = replaced_by(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
@@ -246,6 +270,6 @@ def _swap(partial, folder):
 
 def _finish_swap(folder):
     """After a crash in the middle of `_swap`: the older checkpoint is still there under its other name."""
-    replaced = folder.with_name(folder.name + ".replaced")
+    replaced = replaced_by(folder)
     if replaced.is_dir() and not folder.exists():
         replaced.rename(folder)

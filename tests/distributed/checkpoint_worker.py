@@ -411,10 +411,19 @@ def unsharded(folder):
     engine.save_checkpoint(folder)
     saved = snapshot(engine)
     other = make(0, 2)
+    before = snapshot(other)
+    refused = {
+        "with states": message_of(other.load_checkpoint, folder),
+        "stage 3": message_of(make(3, 2).load_checkpoint, folder, load_optimizer_states=False),
+    }
+    changed = differences(before, snapshot(other))
     other.load_checkpoint(folder, load_optimizer_states=False)
     table = other.ds4sci_table_optimizer.table
     loaded = gathered_table(table, table.weight.detach())
-    return torch.equal(saved["table"], loaded)
+    other.save_checkpoint(folder, tag="run/sharded")
+    refused["back"] = message_of(engine.load_checkpoint, folder, tag="run/sharded", load_optimizer_states=False)
+    loaded_again = other.load_checkpoint(folder)[0]
+    return torch.equal(saved["table"], loaded), refused, changed, loaded_again
 
 
 def run(calls):

@@ -2,6 +2,7 @@
 """Checkpoints of split sequences and sharded tables: exact resume, other layouts, export, damage, a crash."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -225,4 +226,15 @@ def test_each_rank_sums_up_what_it_wrote(two_ranks):
 
 @pytest.mark.distributed(2)
 def test_takes_the_table_of_an_unsharded_checkpoint(two_ranks):
-    assert all(results[str(("unsharded",))] for results in two_ranks)
+    for results in two_ranks:
+        taken, refused, changed, _ = results[str(("unsharded",))]
+        assert taken and changed == []
+        for what in ("with states", "stage 3"):
+            assert "saved without position_embedding.sharded, and this engine is with; convert it" in refused[what]
+        assert "saved with position_embedding.sharded, and this engine is without; convert it" in refused["back"]
+
+
+@pytest.mark.distributed(2)
+def test_a_tag_may_name_folders(two_ranks):
+    for results in two_ranks:
+        assert Path(results[str(("unsharded",))][3]).match("run/sharded/mp_rank_00_model_states.pt")
