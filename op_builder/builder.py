@@ -155,7 +155,7 @@ class DS4SciOpBuilder(CUDAOpBuilder):
         if reasons:
             return BuildState("cannot", reasons=tuple(reasons))
         path = planned_library(self.LIBRARY, targets, nvcc, cache_root(self.LIBRARY.name))
-        return BuildState("cached" if path.is_file() else "would compile", path)
+        return BuildState("cached" if os.path.isfile(path) else "would compile", path)
 
     def _targets(self, capabilities):
         """What to compile for.
