@@ -15,6 +15,7 @@ from deepspeed_ds4sci.ops.reference import REFERENCE
 from deepspeed_ds4sci.ops.tiled import TILED
 from tests.helpers.inputs import make_inputs
 from tests.helpers.numerics import run, run_op
+from tests.helpers.processes import run_python
 from tests.helpers.shapes import AttentionShape
 
 SHAPE = AttentionShape("op", 2, 3, 5, 7, 2, 4, "small and odd")
@@ -305,6 +306,27 @@ def test_reduced_precision_of_fp32_products_is_off_inside_and_restored(device_ty
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("inherited", [True, False])
+def test_an_inherited_precision_stays_inherited(device_type, inherited):
+    """A process of its own: torch checks these settings against each other."""
+    run_python(f"""
+        import torch
+        from deepspeed_ds4sci.ops._precision import own_precision
+        matmul = torch.backends.{"cuda" if device_type == "cuda" else "mkldnn"}.matmul
+        if {inherited}:
+            matmul.fp32_precision = "none"
+            torch.backends.fp32_precision = "tf32"
+        else:
+            matmul.fp32_precision = "tf32"
+        with own_precision("{device_type}"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == ("ieee" if {inherited} else "tf32")
+    """)
 
 
 class Settings(TorchDispatchMode):
