@@ -31,11 +31,11 @@ class _SM80:
             return f"takes up to {_MAX_BLOCKS} thread blocks, {blocks} needed"
         return missing_reason(self.name)
 
-    def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
-        return extension().forward(q, k, v, mask_bias, pair_bias, softmax_scale)
+    def forward(self, q, k, v, mask_bias, pair_bias, gate, softmax_scale):
+        return extension().forward(q, k, v, mask_bias, pair_bias, gate, softmax_scale)
 
-    def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
-        return extension().backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted)
+    def backward(self, do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted):
+        return extension().backward(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted)
 
 
 SM80 = _SM80()
