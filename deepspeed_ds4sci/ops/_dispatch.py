@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 class Implementation(Protocol):
     """One way to compute the op. Tensors are laid out as in `evoformer_attention`; none is empty.
 
-    q, k, v and do come with a unit last stride and any other strides, 0 included; biases come with any strides.
+    q, k, v, gate and do come with a unit last stride and any other strides, 0 included; biases come with any strides.
     Everything returned is contiguous. Who multiplies with torch decorates `forward` and `backward` with
     `in_own_precision`: autocast may be on, and TF32 allowed.
     """
@@ -52,9 +52,16 @@ class Implementation(Protocol):
         """None if this implementation can run `problem`, else why it cannot: `Missing` if it could, once built."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask_bias: Tensor | None,
+        pair_bias: Tensor | None,
+        gate: Tensor | None,
+        softmax_scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """o [B, N, Lq, H, D] and lse [B, N, H, Lq] of `lse_dtype`, which only this class's `backward` reads."""
+        """o [B, N, Lq, H, D], gated, and lse [B, N, H, Lq] of `lse_dtype`, read by this class's `backward` alone."""
 
     def backward(
         self,
@@ -64,12 +71,16 @@ class Implementation(Protocol):
         v: Tensor,
         mask_bias: Tensor | None,
         pair_bias: Tensor | None,
+        gate: Tensor | None,
         o: Tensor,
         lse: Tensor,
         softmax_scale: float,
         wanted: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
-        """dq, dk, dv, dmask_bias, dpair_bias in the shape and dtype of their inputs; None where `wanted` is False."""
+        """dq, dk, dv, dmask_bias, dpair_bias, dgate, shaped and typed as their inputs; None where `wanted` is False.
+
+        o: what `forward` returned, the gated one. do: the gradient of that.
+        """
 
 
 class Missing(str):

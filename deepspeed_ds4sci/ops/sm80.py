@@ -33,11 +33,11 @@ class _SM80:
         missing = missing_reason(self.name)
         return None if missing is None else Missing(missing)
 
-    def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
-        return extension().forward(q, k, v, mask_bias, pair_bias, softmax_scale)
+    def forward(self, q, k, v, mask_bias, pair_bias, gate, softmax_scale):
+        return extension().forward(q, k, v, mask_bias, pair_bias, gate, softmax_scale)
 
-    def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
-        return extension().backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted)
+    def backward(self, do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted):
+        return extension().backward(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted)
 
 
 SM80 = _SM80()

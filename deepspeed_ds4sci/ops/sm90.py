@@ -49,11 +49,11 @@ class _SM90:
         missing = missing_reason(self.name)
         return None if missing is None else Missing(missing)
 
-    def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
-        return extension().forward(q, k, v, mask_bias, pair_bias, softmax_scale, self.name)
+    def forward(self, q, k, v, mask_bias, pair_bias, gate, softmax_scale):
+        return extension().forward(q, k, v, mask_bias, pair_bias, gate, softmax_scale, self.name)
 
-    def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
-        return extension().backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted, self.name)
+    def backward(self, do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted):
+        return extension().backward(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted, self.name)
 
 
 SM90 = _SM90()
