@@ -15,6 +15,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ._dispatch import choose, problem_of
@@ -96,17 +97,39 @@ def is_unobserved(*tensors: Tensor | None) -> bool:
     """Whether nobody could tell a call of the registered op from a direct call of the function behind it.
 
     The dispatcher visits Python four times in a forward and backward pass, 0.2 ms in all: as much as the kernels of a
-    small problem. It is needed by compilers, dispatch and function modes, tensor subclasses and function transforms.
-    False also for what is neither a tensor nor None.
+    small problem. It is needed by compilers, dispatch and function modes, tensor subclasses, function transforms and
+    dual numbers. False also for what is neither a tensor nor None.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     return _PLAIN.issuperset(map(type, tensors))
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises NotImplementedError under torch.func's derivatives and for tensors with a tangent: the op has derivatives
+    for autograd alone, and PyTorch would take its forward derivative for zero."""
+    if torch.compiler.is_compiling():
+        return
+    kinds = torch._C._functorch.TransformType
+    transforms = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
+    if transforms & {kinds.Grad, kinds.Jvp}:
+        raise NotImplementedError(
+            "evoformer_attention does not support torch.func.grad, vjp, jvp and what is made of them; use autograd: "
+            "torch.autograd.grad or backward()"
+        )
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError(
+            "evoformer_attention has no forward-mode derivative, got a dual tensor; use torch.autograd.grad or "
+            "backward()"
+        )
 
 
 def _save(ctx, inputs, o, lse, softmax_scale, implementation) -> None:

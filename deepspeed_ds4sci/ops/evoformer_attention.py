@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._custom_op import evoformer_attn, is_unobserved
+from ._custom_op import evoformer_attn, is_unobserved, refuse_transforms
 
 MAX_HEAD_DIM = 128
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -191,13 +191,15 @@ def evoformer_attention(
             B and N may be 1.
         pair_bias: [B, 1, H, Lq, Lk], dtype of q or fp32. Shared by all rows; its gradient is summed over N in fp32.
             B and H may be 1 (shared over samples, heads). [B, N, H, Lq, Lk] is taken too, each row with its own bias.
-            A view expanded along B, N or H costs what the tensor behind it costs.
+            A view expanded along B, N or H costs what the tensor behind it costs: the gradient is the sum over copies,
+            handed back as so many equal parts, of which fp16 loses digits below 6e-5. Better not to expand.
         gate: [B, N, Lq, H, D], dtype of q: what the output is multiplied by, before its sigmoid. Any strides, the last
             axis contiguous. Without one o is not multiplied. The backward pass keeps the gate and the gated output, no
             ungated one.
         softmax_scale: multiplies q k^T. Default: D ** -0.5.
         implementation: "sm90", "sm80", "tiled", "reference", or None for the fastest supported here (never
-            "reference"); the first choice of a kind is logged at level INFO by "deepspeed_ds4sci".
+            "reference"); the first choice of a kind is logged by "deepspeed_ds4sci", at level INFO or, on a GPU where
+            the compiled library is missing, WARNING.
 
     Returns:
         o [B, N, Lq, H, D], dtype of q (of autocast inside such a region), contiguous. Extra memory grows with L, not
@@ -206,13 +208,16 @@ def evoformer_attention(
 
     Raises:
         ValueError: a shape, dtype, device or stride does not match; the message gives argument, expected, got.
-        NotImplementedError: D > 128, or the named implementation does not support this device, dtype or size.
+        NotImplementedError: D > 128; the named implementation does not support this device, dtype or size; or a
+            derivative of torch.func or forward mode.
 
     Source: Jumper et al. 2021, Supplementary Algorithms 7, 8, 13, 14.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _require_tensor(name, x)
     direct = is_unobserved(q, k, v, mask_bias, pair_bias, gate)
+    if not direct:
+        refuse_transforms(q, k, v, mask_bias, pair_bias, gate)
     known = direct and not torch.is_autocast_enabled(q.device.type)
     form = _form_of(q, k, v, mask_bias, pair_bias, gate) if known else None
     if form is None or form not in _canonical:

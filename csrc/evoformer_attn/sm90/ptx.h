@@ -128,6 +128,9 @@ DS4SCI_DEVICE uint32_t lds_u32(uint32_t address) {
 // ---- kernels that overlap ----
 // Until every kernel launched before in the stream is complete and its results are visible.
 DS4SCI_DEVICE void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// In place of that in a kernel whose predecessor has waited for all that it reads: complete, but the cache of this
+// multiprocessor may hold what was at those addresses before.
+DS4SCI_DEVICE void see_what_is_complete() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // The next kernel may start where this one leaves multiprocessors free.
 DS4SCI_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

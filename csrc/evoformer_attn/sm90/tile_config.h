@@ -86,7 +86,11 @@ struct SmemLayout {
             for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, 4);
             mbarrier_init_fence();
         }
-        if (follows_prepare) wait_for_previous_kernels();
+        if (follows_prepare) {
+            wait_for_previous_kernels();
+        } else {
+            see_what_is_complete();
+        }
         let_next_kernel_start();
         block_sync();
     }

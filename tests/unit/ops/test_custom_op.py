@@ -4,7 +4,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -365,3 +365,36 @@ def test_implementations_of_torch_products_set_it(entry):
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
     assert forward.seen == backward.seen == {(False, "ieee")}
+
+
+def of_queries(q):
+    return evoformer_attention(q, q.detach(), q.detach()).sum()
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda q: torch.func.grad(of_queries)(q),
+        lambda q: torch.func.vjp(of_queries, q),
+        lambda q: torch.func.jvp(of_queries, (q,), (q,)),
+        lambda q: torch.func.vmap(torch.func.grad(of_queries))(q[None]),
+    ],
+    ids=["grad", "vjp", "jvp", "vmap of grad"],
+)
+def test_derivatives_of_torch_func_are_refused(derivative):
+    with pytest.raises(NotImplementedError, match="does not support torch.func.grad, vjp, jvp .* use autograd"):
+        derivative(make_inputs(SHAPE, torch.float32).q.detach())
+
+
+def test_a_tangent_is_refused_and_no_tangent_is_not():
+    q = make_inputs(SHAPE, torch.float32).q.detach()
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative, got a dual tensor"):
+            of_queries(forward_ad.make_dual(q, q))
+        assert torch.equal(of_queries(q), of_queries(q))
+
+
+def test_vmap_is_a_loop():
+    q = make_inputs(SHAPE, torch.float32).q.detach()
+    together = torch.func.vmap(of_queries)(torch.stack((q, 2 * q)))
+    assert torch.equal(together, torch.stack((of_queries(q), of_queries(2 * q))))
