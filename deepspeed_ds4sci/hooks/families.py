@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from deepspeed_ds4sci.hooks.family import Family, OnRemoval
+from deepspeed_ds4sci.hooks.family import Family, OnRemoval, trains
 from deepspeed_ds4sci.hooks.vision import TimmViTFamily, ViTFamily
 from deepspeed_ds4sci.models.genslm import shift_labels
 from deepspeed_ds4sci.sequence.inputs import ShardedBatch
@@ -70,7 +70,7 @@ class GenSLMFamily(Family):
     def prepare(self, model, state):
         self.attach(model, state)
         original = model.loss_reduction
-        model.loss_reduction = lambda loss_sum, count: state.mean_loss(loss_sum, count, _trains(model))
+        model.loss_reduction = lambda loss_sum, count: state.mean_loss(loss_sum, count, trains(model))
         state.handles.append(OnRemoval(lambda: setattr(model, "loss_reduction", original)))
 
     def attach(self, model, state):
@@ -129,10 +129,6 @@ class _BatchAttention:
 
     def __call__(self, q, k, v, **arguments):
         return self.state.attention(q, k, v, **{**arguments, **self.state.built_mask()})
-
-
-def _trains(model):
-    return model.training and torch.is_grad_enabled()
 
 
 class _TokenDropout:

@@ -106,7 +106,7 @@ class Family:
         """The output of a forward pass on a part of the sequence as the script gets it. Labels given: the global mean
         loss, and no logits. Else every output whole."""
         if state.batch.labels is not None:
-            output["loss"] = self.loss(state, output, model.training and torch.is_grad_enabled())
+            output["loss"] = self.loss(state, output, trains(model))
             for name in output.keys() - {"loss"}:
                 output[name] = ShardedOutput()
             # Scripts take the loss as output[0].
@@ -134,6 +134,11 @@ class Family:
         for module in self.attention_modules(model):
             module.ds4sci_sequence = state
         model.config._attn_implementation = ATTENTION_NAME
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether the forward pass in work is one to learn from: all ranks make as many of those."""
+    return model.training and torch.is_grad_enabled()
 
 
 class ShardedOutput:

@@ -4,11 +4,9 @@
 import functools
 import logging
 
-import torch
-
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
-from deepspeed_ds4sci.hooks.family import bound_arguments
+from deepspeed_ds4sci.hooks.family import bound_arguments, trains
 from deepspeed_ds4sci.hooks.sequence_state import RankRandom, detach, new_state
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
 from deepspeed_ds4sci.sequence.inputs import all_batches, same_batch
@@ -72,7 +70,7 @@ def named_arguments(model, args, kwargs) -> dict:
 
 def _shard_inputs(family, state, model, args, kwargs):
     arguments = named_arguments(model, args, kwargs)
-    if not state.checked and not same_batch(arguments, state.groups.sp_group):
+    if not state.checked and not _same_batch(arguments, state, model):
         raise ValueError(
             f"the {state.groups.sp_size} ranks of a sequence group called the model with different batches; call the "
             "engine, which takes them in turn, or give all ranks of a group the same batch"
@@ -80,6 +78,16 @@ def _shard_inputs(family, state, model, args, kwargs):
     local = state.with_masks(arguments, lambda: family.shard(model, state, arguments))
     state.random.enter()
     return (), local
+
+
+def _same_batch(arguments, state, model):
+    """Whether the ranks of a sequence group have the same batch; in training, those of every sequence group.
+
+    All ranks must take as many steps in training, where they reduce losses and gradients together. Evaluation loaders
+    of different groups may have different lengths.
+    """
+    groups = state.groups
+    return same_batch(arguments, groups.world_group if trains(model) else groups.sp_group, groups.sp_size)
 
 
 def _finish_outputs(family, state, model, inputs, output):
@@ -92,17 +100,18 @@ def _forward_in_turn(engine, forward, *args, **kwargs):
     """engine.forward. Ranks of a group that bring different batches work on each of them together, one after another.
 
     In training the batches before the last are complete micro-steps of their own (forward, backward, step), so
-    accumulation and batch sizes count sequences as the config says; the last one's are the script's own calls.
+    accumulation and batch sizes count sequences as the config says; the last one's are the script's own calls. Where
+    one group must, all groups take their ranks' batches in turn, those that are equal too.
     """
     state, model = engine.ds4sci_sequence, engine.module
     arguments = named_arguments(model, args, kwargs)
     state.checked = True
     try:
-        if same_batch(arguments, state.groups.sp_group):
+        if _same_batch(arguments, state, model):
             return forward(**arguments)
         batches = all_batches(arguments, state.groups.sp_group)
         _say_in_turn(len(batches))
-        if not (model.training and torch.is_grad_enabled()):
+        if not trains(model):
             outputs = [forward(**batch) for batch in batches]
             return outputs[state.groups.sp_rank]
         if any("labels" not in batch and "shift_labels" not in batch for batch in batches):
@@ -121,8 +130,8 @@ def _forward_in_turn(engine, forward, *args, **kwargs):
 @functools.lru_cache(maxsize=1)
 def _say_in_turn(count):
     logger.info(
-        "the %d ranks of a sequence group bring different batches; the whole group takes each of them in turn, which "
-        "makes %d micro-steps of one call",
+        "the %d ranks of a sequence group bring different batches; all groups take those of their ranks in turn, "
+        "which makes %d micro-steps of one call",
         count,
         count,
     )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from deepspeed_ds4sci.hooks.family import Family, OnRemoval
+from deepspeed_ds4sci.hooks.family import Family, OnRemoval, trains
 from deepspeed_ds4sci.sequence.loss import gather_sequence, scale_gradient
 
 
@@ -70,7 +70,7 @@ class ViTFamily(Family):
         for name, value in list(output.items()):
             if name == "loss":
                 count = torch.tensor(samples, device=value.device)
-                output[name] = state.mean_loss(value * samples, count, model.training and torch.is_grad_enabled())
+                output[name] = state.mean_loss(value * samples, count, trains(model))
             elif isinstance(value, torch.Tensor):
                 output[name] = scale_gradient(value, share)
         return output

@@ -184,8 +184,13 @@ def _pad(tensor, missing, axis, value):
     return torch.cat((tensor, tensor.new_full(shape, value)), axis)
 
 
-def same_batch(arguments: dict, group: dist.ProcessGroup) -> bool:
-    """Whether all ranks of the group have the same tensors: shapes, and a checksum that sees order."""
+def same_batch(arguments: dict, group: dist.ProcessGroup, size: int) -> bool:
+    """Whether each sequence group has the same tensors on all its ranks: shapes, and a checksum that sees order.
+
+    Args:
+        group: one sequence group, or all of them: every rank of it gets the same answer.
+        size: ranks of a sequence group, which are neighbours in `group`.
+    """
     numbers = []
     for name in sorted(arguments):
         value = arguments[name]
@@ -199,7 +204,8 @@ def same_batch(arguments: dict, group: dist.ProcessGroup) -> bool:
     digest = torch.stack((mine.numel() + mine.new_zeros(()), _checksum(mine)))
     everyone = [torch.empty_like(digest) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, digest, group=group)
-    return all(torch.equal(other, digest) for other in everyone)
+    by_sequence = torch.stack(everyone).unflatten(0, (-1, size))
+    return bool((by_sequence == by_sequence[:, :1]).all())
 
 
 def _checksum(tensor):

@@ -131,6 +131,36 @@ def in_turn(stage):
     return worst, engine.global_steps, engine.micro_steps, abs(loss - expected)
 
 
+def one_group_in_turn():
+    """Four ranks of which the first two bring one batch, the others one each: the largest error of a step against one
+    rank's, steps, micro-steps, what the model says past the engine, and the error of evaluations, of which the second
+    group makes one more."""
+    model = tiny_models.build("llama")
+    reference = copy.deepcopy(model)
+    rank = dist.get_rank()
+    seeds = [0, 0, 2, 3]
+    batches = [tiny_models.batch("llama", 1, 12, seed) for seed in seeds]
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.5)
+    for turn in range(2):
+        both = {name: torch.cat((batches[turn][name], batches[2 + turn][name])) for name in batches[0]}
+        (reference(**both).loss / 2).backward()
+    optimizer.step()
+    engine, *_ = engine_of(case=Case("llama", accumulation=2), model=model)
+    past_the_engine = message_of(engine.module, **batches[rank])
+    engine.backward(engine(**batches[rank]).loss)
+    engine.step()
+    after = dict(reference.named_parameters())
+    worst = max(relative_error(full(p), after[name]) for name, p in engine.module.named_parameters())
+    engine.eval()
+    reference.eval()
+    with torch.no_grad():
+        evaluations = [
+            abs(engine(**batches[rank]).loss.item() - reference(**batches[rank]).loss.item())
+            for _ in range(1 if rank < 2 else 2)
+        ]
+    return worst, engine.global_steps, engine.micro_steps, past_the_engine, max(evaluations)
+
+
 def own_loss(stage):
     """A loss that the script computes from whole logits: largest gradient error, and the shape of the logits."""
     model = tiny_models.build("gpt2")

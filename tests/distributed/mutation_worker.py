@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed_ds4sci.hooks.host_memory import HostPool
-from deepspeed_ds4sci.sequence.loss import scale_gradient
+from deepspeed_ds4sci.sequence.loss import scale_gradient, sharded_cross_entropy
 from tests.distributed.behaviour_worker import engine_of
 from tests.distributed.engine_worker import Case, gathered_table, run_case
 
@@ -21,7 +21,9 @@ def wrong_scale(engine):
 def loss_of_this_rank_alone(engine):
     """Traps 6 and 8: the mean over a rank's own tokens."""
     state = engine.ds4sci_sequence
-    state.groups = dataclasses.replace(state.groups, world_group=state.groups.own_group)
+    state.loss = lambda logits, training: sharded_cross_entropy(
+        logits, state.batch.labels, state.groups.own_group, state.divisor
+    )
 
 
 def wrong_group(engine):

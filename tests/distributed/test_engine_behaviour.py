@@ -36,7 +36,7 @@ def two_ranks():
 
 @pytest.fixture(scope="module")
 def four_ranks():
-    return run_distributed(run, 4, [("engine_loader",)])
+    return run_distributed(run, 4, [("engine_loader",), ("one_group_in_turn",)])
 
 
 @pytest.mark.distributed(2)
@@ -80,6 +80,15 @@ def test_different_batches_are_taken_in_turn_by_the_whole_group(two_ranks, stage
         step, steps, micro_steps, evaluation = results["in_turn", stage]
         assert step <= 2e-6 and evaluation <= 1e-5
         assert (steps, micro_steps) == (1, 2)
+
+
+@pytest.mark.distributed(4)
+def test_all_groups_take_turns_in_training_where_one_must(four_ranks):
+    for results in four_ranks:
+        step, steps, micro_steps, past_the_engine, evaluation = results["one_group_in_turn",]
+        assert step <= 2e-6 and evaluation <= 1e-5
+        assert (steps, micro_steps) == (1, 2)
+        assert past_the_engine.startswith("ValueError: the 2 ranks of a sequence group called the model with")
 
 
 @pytest.mark.distributed(2)
