@@ -15,7 +15,6 @@ class HookContext:
     """One engine in the making. Hooks read it, and fill in what later hooks and the engine need."""
 
     config: DS4SciConfig
-    zero_stage: int
 
     model_dtype: Any = None
     """The dtype that DeepSpeed casts the model to; None: it leaves it as it is."""

@@ -70,7 +70,6 @@ def _before(config, deepspeed_config, arguments):
     parameters = arguments.get("model_parameters")
     context = HookContext(
         config=config,
-        zero_stage=int(deepspeed_config.zero_optimization_stage),
         model_dtype=_model_dtype(deepspeed_config),
         client_optimizer=arguments.get("optimizer"),
         model_parameters=None if parameters is None else list(parameters),

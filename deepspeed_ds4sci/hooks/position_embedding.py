@@ -15,6 +15,7 @@ from deepspeed_ds4sci.hooks.relative_positions import replace_positions
 from deepspeed_ds4sci.hooks.table_checkpoint import TableCheckpoint
 from deepspeed_ds4sci.hooks.table_optimizer import TableOptimizer
 from deepspeed_ds4sci.hooks.whole_table import guard_state_dicts
+from deepspeed_ds4sci.sequence.loss import scale_gradient
 from deepspeed_ds4sci.sequence.position_table import ShardedPositionEmbedding
 
 
@@ -24,6 +25,7 @@ class EngineTable(ShardedPositionEmbedding):
     To DeepSpeed every parameter is a replica: it would overwrite all shards with rank 0's at start, add up gradients
     of different rows, and save one shard. So the weight is no registered parameter; `TableOptimizer` reduces, clips
     and updates it, and `TableCheckpoint` saves it. It is fp32, and the rows it returns have the dtype of the model.
+    The gradient of a rank's rows is the mean over the ranks of its sequence group, as other parameters' is.
     """
 
     output_dtype: torch.dtype = torch.float32
@@ -38,7 +40,8 @@ class EngineTable(ShardedPositionEmbedding):
         object.__setattr__(self, "weight", weight)
 
     def forward(self, position_ids):
-        return super().forward(position_ids).to(self.output_dtype)
+        rows = scale_gradient(super().forward(position_ids), 1 / self.size)
+        return rows.to(self.output_dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self.in_state_dict is True:
@@ -94,9 +97,7 @@ class PositionEmbeddingHook:
         if replaced is None:
             return
         replaced.table.weight.data = replaced.table.weight.data.to(engine.device)
-        optimizer = TableOptimizer(
-            engine, replaced.table, context.groups, context.sequence.divisor, replaced.group_index
-        )
+        optimizer = TableOptimizer(engine, replaced.table, context.groups, replaced.group_index)
         engine.ds4sci_table_optimizer = optimizer
         engine.ds4sci_checkpoint.parts.append(TableCheckpoint(replaced.name, replaced.table, optimizer))
         replaced.table.name = replaced.name

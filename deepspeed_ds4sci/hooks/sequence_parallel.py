@@ -45,7 +45,20 @@ class SequenceParallelHook:
 
     def after_engine(self, engine, context):
         engine.ds4sci_sequence = context.sequence
+        average_over_all_ranks(engine)
         engine.forward = functools.partial(_forward_in_turn, engine, engine.forward)
+
+
+def average_over_all_ranks(engine) -> None:
+    """Makes DeepSpeed divide the sum of the gradients of all ranks by their number at every ZeRO stage.
+
+    By itself it does so at stage 3 alone. At stages 0 to 2 it divides by their number over `sequence_parallel_size`:
+    a term of the loss that every rank computes alike, such as a script's penalty on weights, would count as often as
+    there are ranks per sequence. Once an engine is made, DeepSpeed reads that attribute for nothing else.
+    """
+    engine.sequence_parallel_size = 1
+    if hasattr(engine.optimizer, "sequence_parallel_size"):  # ZeRO's, which reduce gradients by themselves
+        engine.optimizer.sequence_parallel_size = 1
 
 
 def named_arguments(model, args, kwargs) -> dict:

@@ -14,7 +14,7 @@ from deepspeed_ds4sci.sequence.blocks import accumulation_dtype
 from deepspeed_ds4sci.sequence.groups import SequenceGroups
 from deepspeed_ds4sci.sequence.inputs import InputSharder, ShardedBatch
 from deepspeed_ds4sci.sequence.local_attention import unsupported_reason
-from deepspeed_ds4sci.sequence.loss import gather_sequence, global_mean, gradient_divisor, sharded_cross_entropy
+from deepspeed_ds4sci.sequence.loss import gather_sequence, global_mean, sharded_cross_entropy
 from deepspeed_ds4sci.sequence.rotary import RotaryEmbedding, apply_rotary
 from deepspeed_ds4sci.sequence.scores import ScoreRules, window_limits
 
@@ -80,7 +80,6 @@ class SequenceState:
     groups: SequenceGroups | None
     attention: SequenceParallelAttention
     sharder: InputSharder
-    zero_stage: int
     window: int = 0
     batch: ShardedBatch | None = None
     handles: list[Any] = field(default_factory=list)
@@ -98,7 +97,7 @@ class SequenceState:
     @property
     def divisor(self) -> int:
         """See `sequence.loss`."""
-        return gradient_divisor(self.zero_stage, self.groups.dp_size, self.groups.dp_size * self.groups.sp_size)
+        return self.groups.dp_size * self.groups.sp_size
 
     def attend(self, q, k, v, *, dropout_p: float, scale: float | None) -> torch.Tensor:
         """Attention under the batch's masks. q: [B, L, H, D]; k, v: [B, L, G, D] -> [B, L, H, D]."""
@@ -166,8 +165,8 @@ class SequenceState:
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [B, S, ...] without padding, for a script that goes on with whole outputs."""
-        factor = self.divisor / self.groups.dp_size
-        return gather_sequence(tensor, self.batch.layout, self.groups.sp_group, factor)[:, : self.batch.seq_len]
+        groups = self.groups
+        return gather_sequence(tensor, self.batch.layout, groups.sp_group, groups.sp_size)[:, : self.batch.seq_len]
 
 
 def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
@@ -191,7 +190,6 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
             causal=family_of(model).is_causal(model),
             pad_token_id=getattr(getattr(model, "config", None), "pad_token_id", None) or 0,
         ),
-        zero_stage=context.zero_stage,
         window=attention.sliding_window,
     )
 

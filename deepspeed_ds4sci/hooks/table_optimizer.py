@@ -19,23 +19,22 @@ _SETTINGS = (
 class TableOptimizer:
     """Updates one table's shard after DeepSpeed has updated the rest.
 
-    The weight's gradient arrives summed over the sequence group's tokens and micro-batches. At the accumulation
-    boundary it is summed over data-parallel replicas and divided by what DeepSpeed divides by; its norm joins the
-    global one; after DeepSpeed's step it is clipped by the same factor and applied, unless the step was skipped.
+    The weight's gradient arrives as the mean over the sequence group's ranks, summed over micro-batches. At the
+    accumulation boundary it becomes the mean over data-parallel replicas; its norm joins the global one; after
+    DeepSpeed's step it is clipped by the same factor and applied, unless the step was skipped.
 
     Args:
         engine: DeepSpeed's engine; its step is wrapped.
         table: the sharded table.
         groups: sequence groups.
-        divisor: see `sequence.loss`.
         group_index: the parameter group of the engine's optimizer whose settings hold for the table.
 
     Raises:
         NotImplementedError: an optimizer, or a wrapper of one, that this does not know.
     """
 
-    def __init__(self, engine, table, groups, divisor, group_index):
-        self.engine, self.table, self.groups, self.divisor = engine, table, groups, divisor
+    def __init__(self, engine, table, groups, group_index):
+        self.engine, self.table, self.groups = engine, table, groups
         self.group_index = group_index
         self.norm = None  # this step's, of the whole table
         self.total_norm = None  # this step's, of everything, at ZeRO stage 0
@@ -78,7 +77,7 @@ class TableOptimizer:
             weight.grad = torch.zeros_like(weight)
         if self.groups.dp_size > 1:
             dist.all_reduce(weight.grad, group=self.groups.dp_group)
-        weight.grad /= self.divisor
+            weight.grad /= self.groups.dp_size
         square = weight.grad.double().square().sum()
         dist.all_reduce(square, group=self.groups.sp_group)
         self.norm = square.sqrt().float()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from deepspeed_ds4sci.hooks.family import bound_arguments
+from deepspeed_ds4sci.hooks.family import bound_arguments, trains
 from deepspeed_ds4sci.models.genslm import mean_loss
 from deepspeed_ds4sci.sequence.loss import IGNORE_INDEX, shift_labels
 from deepspeed_ds4sci.sequence.tiling import tiled_cross_entropy
@@ -86,5 +86,5 @@ class TiledLoss:
     def _mean(self, model, loss_sum, labels):
         count = (labels != self.ignore_index).sum().to(loss_sum.device)
         if self.state is not None:
-            return self.state.mean_loss(loss_sum, count, model.training and torch.is_grad_enabled())
+            return self.state.mean_loss(loss_sum, count, trains(model))
         return mean_loss(loss_sum, count) if self.num_items is None else loss_sum / self.num_items

@@ -2,8 +2,8 @@
 """Vision transformers: the sequence is made of an image, inside the model, and ends in one vector.
 
 Every rank of a sequence group embeds the whole image and keeps its tokens; after the last norm the tokens of all ranks
-are put together, and what follows is the same on all of them. What they compute twice counts once: the gradient of
-the output is a rank's share of it.
+are put together, and what follows is the same on all of them. What they compute alike counts once, as DeepSpeed takes
+the mean over ranks.
 """
 
 import functools
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from deepspeed_ds4sci.hooks.family import Family, OnRemoval, trains
-from deepspeed_ds4sci.sequence.loss import gather_sequence, scale_gradient
 
 
 class ViTFamily(Family):
@@ -47,8 +46,7 @@ class ViTFamily(Family):
         super().prepare(model, state)
 
         def put_together(module, inputs, normed):
-            batch, groups = state.batch, state.groups
-            return gather_sequence(normed, batch.layout, groups.sp_group, groups.sp_size)[:, : batch.seq_len]
+            return state.gather(normed)
 
         state.handles.append(self.last_norm(model).register_forward_hook(put_together))
 
@@ -63,16 +61,12 @@ class ViTFamily(Family):
         return None
 
     def finish(self, model, state, output):
-        share = state.divisor / (state.groups.dp_size * state.groups.sp_size)
         if isinstance(output, torch.Tensor):
-            return scale_gradient(output, share)
+            return output
         samples = next(value for value in output.values() if isinstance(value, torch.Tensor) and value.dim()).shape[0]
-        for name, value in list(output.items()):
-            if name == "loss":
-                count = torch.tensor(samples, device=value.device)
-                output[name] = state.mean_loss(value * samples, count, trains(model))
-            elif isinstance(value, torch.Tensor):
-                output[name] = scale_gradient(value, share)
+        loss = output.get("loss")
+        if loss is not None:
+            output["loss"] = state.mean_loss(loss * samples, torch.tensor(samples, device=loss.device), trains(model))
         return output
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One loss from the logits that each rank holds, and whole outputs from sharded ones, with the right gradient scale.
 
-DeepSpeed adds up the gradients of all ranks and divides by a number that depends on the ZeRO stage: the data-parallel
-size at stages 0 to 2, the number of all ranks at stage 3. `divisor` below is that number; what is computed here
-multiplies by it where the gradient starts, so that the sum over ranks is the gradient of the global mean.
+DeepSpeed adds up the gradients of all ranks and divides by their number, at every ZeRO stage (`average_over_all_ranks`
+of the hook sees to that), so a term of the loss that all ranks compute alike counts once. What a rank computes for its
+part of a sequence is multiplied by that number, `divisor` below, where its gradient starts: the sum over ranks is then
+the gradient of the global mean.
 """
 
 import torch
@@ -11,11 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
-
-
-def gradient_divisor(zero_stage: int, dp_size: int, world_size: int) -> int:
-    """What DeepSpeed divides the sum of the gradients of all ranks by (measured in tests/distributed)."""
-    return world_size if zero_stage == 3 else dp_size
 
 
 def shift_labels(labels: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:

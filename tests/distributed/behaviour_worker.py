@@ -161,6 +161,34 @@ def one_group_in_turn():
     return worst, engine.global_steps, engine.micro_steps, past_the_engine, max(evaluations)
 
 
+def own_terms(stage):
+    """Terms on weights, one of them a sharded table, that a script adds to the loss: the largest error of a step."""
+    import deepspeed
+
+    model = tiny_models.build("gpt2")
+    reference = copy.deepcopy(model)
+    slopes = torch.linspace(-1, 1, tiny_models.POSITIONS * tiny_models.HIDDEN).view(-1, tiny_models.HIDDEN)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.5)
+    engine, *_ = engine_of(case=Case("gpt2", stage=stage, sharded_table=True, accumulation=2), model=model)
+    table = engine.ds4sci_table_optimizer.table
+    for step in range(2):
+        batch = tiny_models.batch("gpt2", 1, 16, step)
+        expected = reference.transformer
+        terms = 0.1 * (expected.ln_f.weight * slopes[0]).sum() + 0.1 * (expected.wpe.weight * slopes).sum()
+        ((reference(**batch).loss + terms) / 2).backward()
+        norm = engine.module.transformer.ln_f.weight
+        with deepspeed.zero.GatheredParameters([norm]):
+            term = 0.1 * (norm * slopes[0]).sum()
+        own = 0.1 * (table.weight * slopes[table.start : table.stop]).sum()
+        engine.backward(engine(**batch).loss + term + own)
+        engine.step()
+    optimizer.step()
+    after = {name: p.detach() for name, p in reference.named_parameters()}
+    errors = [relative_error(full(p), after[name]) for name, p in engine.module.named_parameters()]
+    shard = after["transformer.wpe.weight"][table.start : table.stop]
+    return max(*errors, relative_error(table.weight.detach(), shard))
+
+
 def own_loss(stage):
     """A loss that the script computes from whole logits: largest gradient error, and the shape of the logits."""
     model = tiny_models.build("gpt2")

@@ -14,8 +14,14 @@ from tests.distributed.engine_worker import Case, gathered_table, run_case
 
 
 def wrong_scale(engine):
-    """Trap 6: the gradient scale of another ZeRO stage."""
-    engine.ds4sci_sequence.zero_stage = 0 if engine.zero_optimization_stage() == 3 else 3
+    """Trap 6: the loss as for a mean over data-parallel ranks."""
+    state = engine.ds4sci_sequence
+    state.groups = dataclasses.replace(state.groups, sp_size=1)
+
+
+def deepspeeds_own_divisor(engine):
+    """Trap 6: the mean that DeepSpeed takes at stages 0 to 2 if it is left alone."""
+    (engine.optimizer if engine.zero_optimization() else engine).sequence_parallel_size = 2
 
 
 def loss_of_this_rank_alone(engine):
@@ -84,6 +90,8 @@ WAITING = {"activation_checkpointing": {"kind": "full", "cpu_offload": True}}
 MUTATIONS = {
     "wrong scale, ZeRO 0": (Case("gpt2", stage=0), wrong_scale),
     "wrong scale, ZeRO 3": (Case("gpt2", stage=3), wrong_scale),
+    "DeepSpeed's own divisor, ZeRO 0": (Case("gpt2", stage=0), deepspeeds_own_divisor),
+    "DeepSpeed's own divisor, ZeRO 2": (Case("gpt2", stage=2), deepspeeds_own_divisor),
     "loss of this rank alone": (Case("gpt2", variant="padding"), loss_of_this_rank_alone),
     "wrong group": (Case("gpt2", sharded_table=True), wrong_group),
     "unshifted labels": (Case("gpt2"), unshifted_labels),

@@ -14,6 +14,7 @@ TWO_RANKS = [
     ("without_a_block",),
     ("in_turn", 0),
     ("in_turn", 3),
+    *(("own_terms", stage) for stage in range(4)),
     ("own_loss", 1),
     ("own_loss", 3),
     ("own_image_loss", 0),
@@ -89,6 +90,13 @@ def test_all_groups_take_turns_in_training_where_one_must(four_ranks):
         assert step <= 2e-6 and evaluation <= 1e-5
         assert (steps, micro_steps) == (1, 2)
         assert past_the_engine.startswith("ValueError: the 2 ranks of a sequence group called the model with")
+
+
+@pytest.mark.distributed(2)
+@pytest.mark.parametrize("stage", range(4))
+def test_terms_on_weights_that_a_script_adds_to_the_loss_count_once(two_ranks, stage):
+    for results in two_ranks:
+        assert results["own_terms", stage] <= 2e-6
 
 
 @pytest.mark.distributed(2)

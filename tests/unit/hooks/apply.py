@@ -19,7 +19,7 @@ def with_hooks(model, **features):
     ds_config = {"ds4sci": features}
     config = read_block(ds_config)
     check_combinations(config, ds_config)
-    context = HookContext(config=config, zero_stage=0)
+    context = HookContext(config=config)
     changes = [hook.before_engine(model, context) for hook in HOOKS if getattr(config, hook.name).enabled()]
     assert all(change.count for change in changes)
     return model, [change.text for change in changes], context

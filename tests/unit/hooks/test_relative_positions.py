@@ -47,7 +47,6 @@ def test_a_replaced_table_is_no_part_of_the_model_and_limits_no_length():
     parameters = list(model.parameters())
     context = HookContext(
         config=read_block({"ds4sci": {"position_embedding": {"kind": "alibi"}}}),
-        zero_stage=0,
         model_parameters=parameters,
     )
     replace_positions(model, context)
@@ -76,7 +75,7 @@ def yarn_llama():
 def test_refuses_a_second_replacement():
     model = tiny_models.build("gpt2")
     block = {"position_embedding": {"kind": "alibi"}}
-    context = HookContext(config=read_block({"ds4sci": block}), zero_stage=0)
+    context = HookContext(config=read_block({"ds4sci": block}))
     replace_positions(model, context)
     with pytest.raises(NotImplementedError, match="were replaced for an earlier engine; make a new model"):
         replace_positions(model, context)

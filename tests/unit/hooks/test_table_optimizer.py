@@ -13,7 +13,7 @@ def of(optimizer, monkeypatch):
     """A table's optimizer beside `optimizer`, without ranks and without DeepSpeed's step."""
     monkeypatch.setattr(TableOptimizer, "_join_norm", lambda self: None)
     engine = SimpleNamespace(basic_optimizer=optimizer, _take_model_step=None)
-    return TableOptimizer(engine, torch.nn.Linear(2, 2), None, 1, 0).optimizer
+    return TableOptimizer(engine, torch.nn.Linear(2, 2), None, 0).optimizer
 
 
 @pytest.mark.parametrize(
