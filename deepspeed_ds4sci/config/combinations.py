@@ -151,11 +151,6 @@ def _against_sequence_parallel(config, ds_config):
         ),
         ("expert_parallel", _section(ds_config, "expert_parallel").get("enabled", False), "its groups overlap ours"),
         ("sparse_gradients", ds_config.get("sparse_gradients", False), "sparse reduction has no test here"),
-        (
-            "zero_optimization.reduce_scatter = false at stage 3",
-            zero.get("stage", 0) == 3 and zero.get("reduce_scatter", True) is False,
-            "DeepSpeed then scales the gradients of large and small parameters differently",
-        ),
         ("gradient_predivide_factor", ds_config.get("gradient_predivide_factor", 1.0) != 1.0, one_meaning),
         (
             "managed_gradient_accumulation = false",

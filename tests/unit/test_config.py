@@ -128,11 +128,6 @@ def with_parallel(**others):
             NotImplementedError,
             "zero_quantized_gradients",
         ),
-        (
-            with_parallel(zero_optimization={"stage": 3, "reduce_scatter": False}),
-            NotImplementedError,
-            "reduce_scatter = false at stage 3",
-        ),
         (with_parallel(gradient_predivide_factor=2.0), NotImplementedError, "gradient_predivide_factor"),
         (
             block(sequence_parallel={"size": 2, "loss_average": "step"}),
