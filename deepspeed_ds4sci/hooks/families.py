@@ -85,6 +85,7 @@ class GenSLMFamily(Family):
         state.handles.append(OnRemoval(undo))
 
     def shard(self, model, state, arguments):
+        self.check_positions(model, arguments)
         mask, documents = self._masks(arguments)
         given = {name: arguments[name] for name in ("input_ids", "position_ids") if name in arguments}
         shifted = arguments.get("shift_labels")

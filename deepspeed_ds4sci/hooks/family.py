@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from deepspeed_ds4sci.sequence.position_table import check_position_ids
+
 ATTENTION_NAME = "ds4sci"
 
 
@@ -81,8 +83,34 @@ class Family:
     def is_causal(self, model: nn.Module) -> bool:
         return self.causal
 
+    def learned_table(self, model: nn.Module) -> nn.Module | None:
+        """The model's learned position table, or what has taken its place; None: it has none."""
+        return getattr(self.base(model), self.position_table, None) if self.position_table else None
+
+    def check_positions(self, model: nn.Module, arguments: dict) -> None:
+        """Refuses a batch with positions beyond a learned table, on every rank: each looks up its own part alone, and
+        the others would wait for those that fail. A sharded table checks by itself.
+
+        Raises:
+            ValueError: too many tokens, or position_ids outside of the table.
+        """
+        table = self.learned_table(model)
+        if not isinstance(table, nn.Embedding):
+            return
+        rows, positions = table.num_embeddings, arguments.get("position_ids")
+        if positions is not None:
+            check_position_ids(positions, rows)
+            return
+        name = next(name for name in self.inputs if name in arguments)
+        if arguments[name].shape[1] > rows:
+            raise ValueError(
+                f"{name} must have at most {rows} tokens, the rows of the learned position table, got "
+                f"{arguments[name].shape[1]}"
+            )
+
     def shard(self, model: nn.Module, state, arguments: dict) -> dict:
         """This rank's part of the arguments; `state.batch` gets what goes with it."""
+        self.check_positions(model, arguments)
         mask = arguments.get("attention_mask")
         if not (mask is None or isinstance(mask, torch.Tensor)):
             raise ValueError(

@@ -111,7 +111,7 @@ def _learned_table(model) -> tuple[str, nn.Embedding]:
         NotImplementedError: it has none, or not one that can be taken apart.
     """
     family = family_of(model)
-    embedding = getattr(family.base(model), family.position_table, None) if family.position_table else None
+    embedding = family.learned_table(model)
     if embedding is None:
         raise NotImplementedError(
             f"ds4sci.position_embedding.kind = learned needs a model with a learned position table; "

@@ -163,7 +163,7 @@ class ShardedPositionEmbedding(nn.Module):
             ValueError: on every rank, if any rank asks for a position outside the table.
         """
         if self.size == 1:
-            _check_ids(position_ids, self.num_positions)
+            check_position_ids(position_ids, self.num_positions)
             return F.embedding(position_ids, self.weight)
         # A row is fetched once however many samples use it.
         wanted, place = position_ids.reshape(-1).unique(return_inverse=True)  # sorted, so in order of owner
@@ -250,7 +250,8 @@ class _FetchRows(torch.autograd.Function):
         return dweight.to(drows.dtype), None, None
 
 
-def _check_ids(position_ids, num_positions):
+def check_position_ids(position_ids: torch.Tensor, num_positions: int) -> None:
+    """Raises ValueError if a position is outside of a table of so many rows."""
     if position_ids.numel():
         low, high = (int(bound) for bound in position_ids.aminmax())
         if low < 0 or high >= num_positions:

@@ -277,6 +277,12 @@ def refusals():
         "mask of another length": message_of(engine, **batch, attention_mask=torch.ones(1, 15)),
         "three axes": message_of(engine, **batch, attention_mask=torch.ones(1, 16, 16)),
     }
+    long = tiny_models.batch("gpt2", 1, tiny_models.POSITIONS + 2, 0)
+    found["more tokens than positions"] = message_of(engine, **long)
+    late = torch.arange(tiny_models.POSITIONS - 15, tiny_models.POSITIONS + 1)[None]
+    found["a position beyond the table"] = message_of(engine, **batch, position_ids=late)
+    learned, *_ = engine_of("genslm-learned")
+    found["more tokens than positions, GenSLM"] = message_of(learned, **long)
     engine.backward(engine(**batch).loss)  # after all of that it still works
 
     case = Case("gpt2")

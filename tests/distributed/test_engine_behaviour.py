@@ -152,6 +152,15 @@ def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
         ("no tokens", "ValueError: GPT2LMHeadModel got no input_ids or inputs_embeds"),
         ("different batches past the engine", "ValueError: the 2 ranks of a sequence group called the model with"),
         ("different batches without labels", "NotImplementedError: the ranks of a sequence group brought different"),
+        (
+            "more tokens than positions",
+            "ValueError: input_ids must have at most 64 tokens, the rows of the learned position table, got 66",
+        ),
+        (
+            "more tokens than positions, GenSLM",
+            "ValueError: input_ids must have at most 64 tokens, the rows of the learned position table, got 66",
+        ),
+        ("a position beyond the table", "ValueError: position_ids must be in [0, 64), got values from 49 to 64"),
         ("mask of another length", "ValueError: attention_mask must have 16 tokens on axis 1, got shape (1, 15)"),
         ("three axes", "ValueError: attention_mask must be [B, S] or [B|1, H|1, S, S], got shape (1, 16, 16)"),
         ("unknown model", "NotImplementedError: sequences of Linear cannot be split over GPUs, nor can its"),
@@ -171,7 +180,8 @@ def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
     ],
 )
 def test_refuses(two_ranks, what, message):
-    assert two_ranks[0]["refusals",][what].startswith(message)
+    for results in two_ranks:
+        assert results["refusals",][what].startswith(message)
 
 
 @pytest.mark.distributed(2)
