@@ -12,7 +12,7 @@ from deepspeed_ds4sci.hooks.family import remove_all
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
 from deepspeed_ds4sci.sequence.blocks import accumulation_dtype
 from deepspeed_ds4sci.sequence.groups import SequenceGroups
-from deepspeed_ds4sci.sequence.inputs import InputSharder, ShardedBatch
+from deepspeed_ds4sci.sequence.inputs import InputSharder, ShardedBatch, batch_device
 from deepspeed_ds4sci.sequence.local_attention import unsupported_reason
 from deepspeed_ds4sci.sequence.loss import gather_sequence, global_mean, sharded_cross_entropy
 from deepspeed_ds4sci.sequence.rotary import RotaryEmbedding, apply_rotary
@@ -124,7 +124,7 @@ class SequenceState:
         """take_in(), which makes `batch` of a batch's arguments; then the batch gets its mask, where one is built."""
         if self.masks is None:
             return take_in()
-        device = next(value.device for name, value in arguments.items() if name in ("input_ids", "inputs_embeds"))
+        device = batch_device(arguments)
         custom = self.masks.take(arguments)
         taken = take_in()
         self.batch = self.masks.build(self.batch, custom, device)

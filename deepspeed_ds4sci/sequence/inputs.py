@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from deepspeed_ds4sci.sequence.layout import Layout, Mode, length_multiple, padded_length
 from deepspeed_ds4sci.sequence.loss import IGNORE_INDEX, shift_labels
 
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "x")  # of which a batch has one
 _CHECKED_AT_ONCE = 2**22  # elements whose checksum is formed at a time: 96 MiB of temporaries
 
 
@@ -184,6 +185,11 @@ def _pad(tensor, missing, axis, value):
     return torch.cat((tensor, tensor.new_full(shape, value)), axis)
 
 
+def batch_device(arguments: dict) -> torch.device:
+    """Where a batch is: where its tokens or images are. A mask may wait in CPU memory."""
+    return next(arguments[name].device for name in _INPUTS if name in arguments)
+
+
 def same_batch(arguments: dict, group: dist.ProcessGroup, size: int) -> bool:
     """Whether each sequence group has the same tensors on all its ranks: shapes, and a checksum that sees order.
 
@@ -196,7 +202,7 @@ def same_batch(arguments: dict, group: dist.ProcessGroup, size: int) -> bool:
         value = arguments[name]
         if isinstance(value, torch.Tensor):
             numbers += [zlib.crc32(f"{name} {tuple(value.shape)} {value.dtype}".encode()), _checksum(value)]
-    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    device = batch_device(arguments)
     mine = torch.stack(
         [torch.as_tensor(number, dtype=torch.int64, device=device) for number in [len(numbers), *numbers]]
     )
@@ -222,12 +228,16 @@ def _checksum(tensor):
 
 
 def all_batches(arguments: dict, group: dist.ProcessGroup) -> list[dict]:
-    """The arguments of every rank of the group, in rank order, on this rank's device."""
-    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    """The arguments of every rank of the group, in rank order, each where this rank's own of that name is."""
+    device = batch_device(arguments)
+    devices = {name: value.device for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     mine = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     everyone = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return [
-        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in each.items()}
+        {
+            name: value.to(devices.get(name, device)) if isinstance(value, torch.Tensor) else value
+            for name, value in each.items()
+        }
         for each in everyone
     ]
