@@ -67,7 +67,17 @@ class ViTFamily(Family):
         loss = output.get("loss")
         if loss is not None:
             output["loss"] = state.mean_loss(loss * samples, torch.tensor(samples, device=loss.device), trains(model))
+        for name, value in list(output.items()):
+            if isinstance(value, tuple):
+                output[name] = tuple(_whole(state, each) for each in value)
         return output
+
+
+def _whole(state, hidden):
+    """Hidden states of all tokens. Those before the last norm are this rank's part; None is a layer not asked for."""
+    if hidden is None or hidden.shape[1] != state.batch.layout.local_len:
+        return hidden
+    return state.gather(hidden)
 
 
 class TimmViTFamily(ViTFamily):

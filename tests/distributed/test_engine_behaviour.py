@@ -109,7 +109,7 @@ def test_a_script_computes_its_own_loss_from_whole_logits(two_ranks, stage):
 
 @pytest.mark.distributed(2)
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_script_computes_its_own_loss_from_the_logits_of_images(two_ranks, stage):
+def test_a_script_computes_its_own_loss_from_logits_and_hidden_states_of_images(two_ranks, stage):
     for results in two_ranks:
         worst, difference = results["own_image_loss", stage]
         assert worst <= 2e-6 and difference <= 1e-5
