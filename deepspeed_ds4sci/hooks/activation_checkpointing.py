@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.removal import replace_attribute
 from deepspeed_ds4sci.sequence.kept import keeping_contexts
 from deepspeed_ds4sci.sequence.tiling import load_checkpointing
 
@@ -36,9 +37,10 @@ class ActivationCheckpointingHook:
         offload = context.extras[self.name] = CheckpointOffload() if block.cpu_offload else None
         for module, name in targets:
             forward = getattr(module, name)
-            setattr(module, name, _recomputed(forward, context, block.kind == "keep_attention", offload))
+            recomputed = _recomputed(forward, context, block.kind == "keep_attention", offload)
+            context.handles.append(replace_attribute(module, name, recomputed))
         if "use_cache" in inspect.signature(model.forward).parameters:
-            model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+            context.handles.append(model.register_forward_pre_hook(_without_cache, with_kwargs=True))
         where = "; what they start from waits in CPU memory" if block.cpu_offload else ""
         return Change(
             len(targets),

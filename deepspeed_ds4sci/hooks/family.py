@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from deepspeed_ds4sci.hooks.removal import replace_attribute
+
 ATTENTION_NAME = "ds4sci"
 
 
@@ -131,9 +133,10 @@ class Family:
         """Points the model's attention at `state`. Raises NotImplementedError for a variant whose attention differs
         from that of `state`."""
         register_attention()
-        for module in self.attention_modules(model):
-            module.ds4sci_sequence = state
-        model.config._attn_implementation = ATTENTION_NAME
+        state.handles += [
+            *(replace_attribute(module, "ds4sci_sequence", state) for module in self.attention_modules(model)),
+            replace_attribute(model.config, "_attn_implementation", ATTENTION_NAME),
+        ]
 
 
 class ShardedOutput:
@@ -155,22 +158,6 @@ class ShardedOutput:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         raise NotImplementedError(cls.MESSAGE)
-
-
-class OnRemoval:
-    """A handle, like those of module hooks, that runs a function when it is removed."""
-
-    def __init__(self, undo):
-        self._undo = undo
-
-    def remove(self):
-        self._undo()
-
-
-def remove_all(handles: list) -> None:
-    """Undoes what the handles stand for, the latest first, and empties the list."""
-    while handles:
-        handles.pop().remove()
 
 
 def _without_cache(model, arguments):

@@ -12,6 +12,7 @@ from deepspeed_ds4sci.hooks.client_parameters import take_out
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.hooks.relative_positions import replace_positions
+from deepspeed_ds4sci.hooks.removal import mark_as_final
 from deepspeed_ds4sci.hooks.table_checkpoint import TableCheckpoint
 from deepspeed_ds4sci.hooks.table_optimizer import TableOptimizer
 from deepspeed_ds4sci.hooks.whole_table import guard_state_dicts
@@ -78,9 +79,10 @@ class PositionEmbeddingHook:
         table.hide()
         table.output_dtype = context.model_dtype or weight.dtype
         table.weight.requires_grad_(weight.requires_grad)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, table)
         group_index = take_out(weight, context)
+        parent, _, attribute = name.rpartition(".")
+        mark_as_final(model, f"{name} was split over the ranks")
+        setattr(model.get_submodule(parent), attribute, table)
         context.extras[self.name] = _Replaced(name, table, group_index)
         rows, dim = table.rows_per_rank, table.dim
         return Change(
@@ -117,8 +119,6 @@ def _learned_table(model) -> tuple[str, nn.Embedding]:
             f"{type(model).__name__} has none"
         )
     name = next(name for name, module in model.named_modules() if module is embedding)
-    if isinstance(embedding, ShardedPositionEmbedding):
-        raise NotImplementedError(f"{name} is sharded already; make a new model for a new engine")
     if hasattr(embedding.weight, "ds_id"):
         raise NotImplementedError(
             f"{name} was built under deepspeed.zero.Init, which has partitioned it; build the model outside of it to "

@@ -9,7 +9,7 @@ import torch
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.hooks.family import bound_arguments
-from deepspeed_ds4sci.hooks.sequence_state import RankRandom, detach, new_state
+from deepspeed_ds4sci.hooks.sequence_state import RankRandom, new_state
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
 from deepspeed_ds4sci.sequence.inputs import all_batches, same_batch
 
@@ -27,12 +27,10 @@ class SequenceParallelHook:
         family = family_of(model)
         groups = context.groups = sequence_groups(block.size)
         context.mpu = SequenceParallelMPU(groups)
-        detach(model)
         state = context.sequence = new_state(model, context, groups)
         state.random = RankRandom(groups.sp_rank)
         modules = family.attention_modules(model)
         family.prepare(model, state)
-        model.ds4sci_sequence = state
         state.handles += [
             model.register_forward_pre_hook(functools.partial(_shard_inputs, family, state), with_kwargs=True),
             model.register_forward_hook(functools.partial(_finish_outputs, family, state), always_call=True),

@@ -2,13 +2,12 @@
 """The state that ties a model's attention layers to its inputs and outputs, while sequences are split or while the
 attention of a model is not its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from deepspeed_ds4sci.hooks.families import family_of
-from deepspeed_ds4sci.hooks.family import remove_all
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
 from deepspeed_ds4sci.sequence.blocks import accumulation_dtype
 from deepspeed_ds4sci.sequence.groups import SequenceGroups
@@ -81,9 +80,10 @@ class SequenceState:
     attention: SequenceParallelAttention
     sharder: InputSharder
     zero_stage: int
+    handles: list[Any]
+    """See `HookContext`."""
     window: int = 0
     batch: ShardedBatch | None = None
-    handles: list[Any] = field(default_factory=list)
     random: RankRandom | None = None
     masks: Any = None
     """`hooks.attention_mask.MaskBuilder`, where masks are built for each batch."""
@@ -192,12 +192,6 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
             pad_token_id=getattr(getattr(model, "config", None), "pad_token_id", None) or 0,
         ),
         zero_stage=context.zero_stage,
+        handles=context.handles,
         window=attention.sliding_window,
     )
-
-
-def detach(model) -> None:
-    """Undoes an earlier engine's hooks on the same model."""
-    remove_all(getattr(model, "ds4sci_tiling", []))
-    state = getattr(model, "ds4sci_sequence", None)
-    remove_all([] if state is None else state.handles)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from deepspeed_ds4sci.hooks.family import Family, OnRemoval
+from deepspeed_ds4sci.hooks.family import Family
+from deepspeed_ds4sci.hooks.removal import replace_attribute
 from deepspeed_ds4sci.sequence.loss import gather_sequence, scale_gradient
 
 
@@ -95,8 +96,8 @@ class TimmViTFamily(ViTFamily):
                 "call timm.layers.set_fused_attn(True) before the model is built"
             )
         for module in modules:
-            state.handles.append(OnRemoval(functools.partial(setattr, module, "forward", module.forward)))
-            module.forward = functools.partial(_attending, state, module.forward)
+            attending = functools.partial(_attending, state, module.forward)
+            state.handles.append(replace_attribute(module, "forward", attending))
         self._keep_own_tokens(model, state)
 
     def prepare(self, model, state):

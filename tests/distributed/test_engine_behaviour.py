@@ -21,6 +21,7 @@ TWO_RANKS = [
     *([("own_image_loss", 0, "timm"), ("own_image_loss", 3, "timm", "full")] if timm_models.INSTALLED else []),
     ("evaluation",),
     ("refusals",),
+    ("later_engines",),
     ("client_optimizer",),
     ("dropout",),
     ("bf16", 1),
@@ -155,6 +156,21 @@ def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
 )
 def test_refuses(two_ranks, what, message):
     assert two_ranks[0]["refusals",][what].startswith(message)
+
+
+@pytest.mark.distributed(2)
+def test_a_later_engine_starts_from_the_model_as_it_was(two_ranks):
+    found = two_ranks[0]["later_engines",]
+    assert {name: found[name] for name in ("llama", "genslm-rotary", "esm", "vit")} == dict.fromkeys(
+        ("llama", "genslm-rotary", "esm", "vit"), (True, True, True)
+    )
+    assert found["first engine"].startswith("RuntimeError: ViTForImageClassification was given to another engine")
+    assert found["refused by a later hook"].startswith('ValueError: ds4sci.attention_mask.kind = "causal" does not go')
+    assert found["unchanged then"]
+    assert found["after a table"] == (
+        "NotImplementedError: transformer.wpe was split over the ranks for an earlier engine, which cannot be undone; "
+        "make a new model for a new engine"
+    )
 
 
 @pytest.mark.distributed(2)
