@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the package's log lines go when the application has not set up logging: stderr, from INFO, rank 0 only.
+"""Where the package's log lines go when the application has not set up logging: stderr, from INFO on rank 0,
+from WARNING on the others.
 
 Modules use `logging.getLogger(__name__)` and never touch handlers. An application that configures the root logger
 gets the records there, and this handler keeps quiet.

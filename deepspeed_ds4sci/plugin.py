@@ -26,6 +26,8 @@ SUPPORTED_DEEPSPEED = ">=0.19.8,<0.20"
 
 _BUILDER = "EvoformerAttnBuilder"
 _BUILDER_MODULE = "deepspeed_ds4sci.op_builder.evoformer_attn"
+_BASE = "DS4SciOpBuilder"
+_BASE_MODULE = "deepspeed_ds4sci.op_builder.builder"
 _OP = "DS4Sci_EvoformerAttention"
 _OP_MODULE = "deepspeed.ops.deepspeed4science.evoformer_attn"
 _ROW = "evoformer_attn"
@@ -127,8 +129,15 @@ def _replace(container, key, value):
 
 
 def _builder_class():
-    """Our builder, or None while its module is itself being imported (which is what imports DeepSpeed then)."""
-    return getattr(importlib.import_module(_BUILDER_MODULE), _BUILDER, None)
+    """Our builder, or None while one of its modules is itself being imported (which is what imports DeepSpeed then).
+
+    A module that another thread is importing is not waited for: that thread waits for DeepSpeed, which is being
+    imported here.
+    """
+    for name, last in ((_BUILDER_MODULE, _BUILDER), (_BASE_MODULE, _BASE)):
+        if name in sys.modules and not hasattr(sys.modules[name], last):
+            return None
+    return getattr(importlib.import_module(_BUILDER_MODULE), _BUILDER)
 
 
 def _hook_accelerator(module):
@@ -275,10 +284,15 @@ def _announced_op(own):
 
 
 def _hook_own_builder(module):
-    """Our builder's module was imported first and pulled in DeepSpeed, which could not have the class yet."""
-    for name in ("deepspeed.ops.op_builder", "deepspeed.ops.op_builder.all_ops"):
-        if name in sys.modules:
+    """A module of our builder was imported first and pulled in DeepSpeed, which could not have the class yet."""
+    for name in ("deepspeed.ops.op_builder", "deepspeed.ops.op_builder.all_ops", "deepspeed.git_version_info"):
+        if name in sys.modules and not _being_imported(sys.modules[name]):
             _run_hook(name, sys.modules[name])
+
+
+def _being_imported(module):
+    """Whether the module's own code is still running; its hook runs afterwards."""
+    return getattr(module.__spec__, "_initializing", False)
 
 
 HOOKS = {
@@ -290,6 +304,7 @@ HOOKS = {
     _OP_MODULE: _hook_deepspeed4science,
     "deepspeed.ops.deepspeed4science": _hook_deepspeed4science,
     "deepspeed.git_version_info": _hook_git_version_info,
+    _BASE_MODULE: _hook_own_builder,
     _BUILDER_MODULE: _hook_own_builder,
     **{name: functools.partial(hook, _replace) for name, hook in _training_hooks.HOOKS.items()},
 }
@@ -373,6 +388,9 @@ class _HookedLoader:
         self._loader = loader
 
     def __getattr__(self, name):
+        # copy and pickle look for special methods before there is a _loader to ask.
+        if name == "_loader" or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._loader, name)
 
     def create_module(self, spec):

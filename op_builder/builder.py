@@ -59,6 +59,15 @@ def needed_capabilities(may_initialise_cuda=False):
     return sorted(capabilities)
 
 
+def _newest_cuda(version):
+    """The newest CUDA version that the driver runs, as text, if it is too old for programs of `version`; else None."""
+    driver = query_driver()
+    # Within a major version, older drivers run what newer compilers made.
+    if driver is None or version[0] <= driver.cuda_version[0]:
+        return None
+    return "{}.{}".format(*driver.cuda_version)
+
+
 class DS4SciOpBuilder(CUDAOpBuilder):
     """Builds and loads one Library. A subclass sets LIBRARY and NAME and says how to bind the file.
 
@@ -136,8 +145,13 @@ class DS4SciOpBuilder(CUDAOpBuilder):
         """
         if capabilities is None:
             capabilities = needed_capabilities()
-        prebuilt, _ = self.fitting_prebuilt(capabilities)
-        return self._jit_state(capabilities) if prebuilt is None else BuildState("prebuilt", prebuilt)
+        prebuilt, unfit = self.fitting_prebuilt(capabilities)
+        if prebuilt is not None:
+            return BuildState("prebuilt", prebuilt)
+        state = self._jit_state(capabilities)
+        if state.kind == "cannot" and unfit:
+            return BuildState("cannot", reasons=(f"the prebuilt library does not fit: {unfit}", *state.reasons))
+        return state
 
     def _jit_state(self, capabilities):
         reasons = []
@@ -155,7 +169,7 @@ class DS4SciOpBuilder(CUDAOpBuilder):
         if reasons:
             return BuildState("cannot", reasons=tuple(reasons))
         path = planned_library(self.LIBRARY, targets, nvcc, cache_root(self.LIBRARY.name))
-        return BuildState("cached" if path.is_file() else "would compile", path)
+        return BuildState("cached" if os.path.isfile(path) else "would compile", path)
 
     def _targets(self, capabilities):
         """What to compile for.
@@ -179,9 +193,8 @@ class DS4SciOpBuilder(CUDAOpBuilder):
         unsupported = nvcc.unsupported(targets)
         if unsupported:
             reasons.append(f"{nvcc.path} (CUDA {version}) cannot compile for {', '.join(map(str, unsupported))}")
-        driver = query_driver()
-        if driver is not None and nvcc.version[0] > driver.cuda_version[0]:
-            newest = "{}.{}".format(*driver.cuda_version)
+        newest = _newest_cuda(nvcc.version)
+        if newest is not None:
             reasons.append(f"the NVIDIA driver runs CUDA up to {newest}, too old for {nvcc.path} (CUDA {version})")
         return reasons
 
@@ -192,7 +205,7 @@ class DS4SciOpBuilder(CUDAOpBuilder):
         """The library built with the package.
 
         Args:
-            capabilities: those it must serve.
+            capabilities: those it must serve; where there are none, the driver is not asked either.
 
         Returns:
             (path, ""), or (None, why it cannot be used), or (None, "") if there is none.
@@ -211,6 +224,9 @@ class DS4SciOpBuilder(CUDAOpBuilder):
             if not any(target.runs_on(capability) for target in targets):
                 names = ", ".join(info["targets"])
                 return None, "{} was built for {}, not for compute capability {}.{}".format(path, names, *capability)
+        newest = _newest_cuda(tuple(map(int, info["nvcc"].split(".")))) if capabilities else None
+        if newest is not None:
+            return None, f"{path} was built with CUDA {info['nvcc']}, the NVIDIA driver runs CUDA up to {newest}"
         return path, ""
 
     def load(self, verbose=False):

@@ -116,13 +116,14 @@ def build_library(library, targets, root):
         Path of the shared object.
 
     Raises:
-        BuildError: a tool is missing, the compiler does not know a target, or the compilation failed.
+        BuildError: a tool is missing, the compiler does not know a target, the compilation failed, or it would have to
+            write into a folder of another user.
         TimeoutError: another process held the build for longer than DS4SCI_BUILD_TIMEOUT seconds (default 1800).
     """
     nvcc, ninja = require_tools()
     root = Path(root).absolute()  # ninja runs in another folder
     output = planned_library(library, targets, nvcc, root)
-    if output.is_file():
+    if os.path.isfile(output):  # False too where another user's folder may not be looked into
         return output
     unsupported = nvcc.unsupported(targets)
     if unsupported:
@@ -136,12 +137,17 @@ def build_library(library, targets, root):
         ) from error
     failure = output.with_suffix(".failed")
     start = time.time()
-    with build_lock(output.with_suffix(".lock"), timeout_s=_timeout_s()):
+    with build_lock(output.with_suffix(".lock"), timeout_s=_timeout_s()) as may_build:
         if output.is_file():
             return output
         # One rank's failure is every rank's: those that waited for it must not compile the same error again.
         if failure.is_file() and failure.stat().st_mtime >= start:
             raise BuildError(failure.read_text())
+        if not may_build:
+            raise BuildError(
+                f"{output.parent} belongs to another user, who has not built {library.name} there; "
+                "set DS4SCI_CACHE_DIR to a writable folder"
+            )
         try:
             _compile_and_link(library, targets, nvcc, ninja, root, output)
         except BuildError as error:

@@ -2,10 +2,11 @@
 """A lock between processes that cannot go stale.
 
 The kernel releases an flock when its holder ends, however it ends, so a lock file left over on disk means nothing. The
-holder writes who it is into the file, for those who wait.
+holder writes who it is into the file, for those who wait. Another user, who may not write it, can wait for it too.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -14,6 +15,9 @@ import socket
 import time
 
 logger = logging.getLogger(__name__)
+
+
+_NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def read_holder(path):
@@ -29,6 +33,9 @@ def read_holder(path):
 def build_lock(path, timeout_s, poll_s=0.2):
     """Holds the lock file `path` for the length of the `with` block.
 
+    Gives True to the holder. Who may not write the file, since it is another user's, gets False once nobody holds it:
+    whatever was to be built is there now or has to be built elsewhere.
+
     Args:
         path: pathlib.Path of the lock file; its folder exists.
         timeout_s: seconds to wait for another holder.
@@ -38,23 +45,40 @@ def build_lock(path, timeout_s, poll_s=0.2):
         TimeoutError: still held after `timeout_s`; names the file and the holder.
         OSError: the file system has no locks.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor, writable = _open(path)
+    if descriptor is None:
+        yield False
+        return
     try:
-        _acquire(descriptor, path, timeout_s, poll_s)
-        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
-        yield
+        _acquire(descriptor, path, fcntl.LOCK_EX if writable else fcntl.LOCK_SH, timeout_s, poll_s)
+        if writable:
+            holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
+        yield writable
     finally:
         os.close(descriptor)  # releases the lock; the file stays, since removing it would race with those who wait
 
 
-def _acquire(descriptor, path, timeout_s, poll_s):
+def _open(path):
+    """(descriptor, whether it may be written); (None, False) where this user may not even read or create the file."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
+    except OSError as error:
+        if error.errno not in _NOT_PERMITTED:
+            raise
+    try:
+        return os.open(path, os.O_RDONLY), False
+    except (PermissionError, FileNotFoundError):
+        return None, False
+
+
+def _acquire(descriptor, path, kind, timeout_s, poll_s):
     start = time.monotonic()
     announced = False
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             pass

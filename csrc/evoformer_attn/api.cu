@@ -17,6 +17,7 @@ KernelParams make_kernel_params(const EvoformerParams& params, bool backward, in
         const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;
         p.row_stats = cursor.take<float2>(vectors);
         if (p.dtype == kFloat32) p.lse_low = cursor.take<float>(vectors);
+        take_gated_d_o(p, cursor);
     }
     if (workspace_bytes != nullptr) *workspace_bytes = cursor.used;
     return p;
@@ -64,10 +65,11 @@ extern "C" int32_t ds4sci_evoformer_fwd(const EvoformerParams* params) {
 extern "C" int32_t ds4sci_evoformer_bwd(const EvoformerParams* params) {
     if (const int32_t status = check_backward(*params)) return status;
     if (params->dpair_out != nullptr && params->dpair_bias == nullptr) return kInvalidArgument;
-    const KernelParams p = make_kernel_params(*params, true, nullptr);
+    KernelParams p = make_kernel_params(*params, true, nullptr);
     return DS4SCI_DTYPE_SWITCH(p.dtype, [&] {
         return DS4SCI_HEAD_DIM_SWITCH(p.head_dim, [&] {
             cudaError_t status = run_prepare<T>(p);
+            read_gated_d_o(p);
             if (status == cudaSuccess && p.dpair_bias != nullptr) status = run_evoformer_bwd_dpair<T, kHeadDim>(p);
             if (status == cudaSuccess && p.dq != nullptr) status = run_evoformer_bwd_dq<T, kHeadDim>(p);
             if (status == cudaSuccess && (p.dk != nullptr || p.dmask_bias != nullptr)) {

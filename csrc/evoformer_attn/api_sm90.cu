@@ -31,6 +31,7 @@ Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_
         const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;
         p.query_aux = cursor.take<uint4>(vectors);
         p.delta = cursor.take<float>(vectors);
+        take_gated_d_o(p, cursor);
     } else {
         const int64_t items = static_cast<int64_t>(ceil_div(p.q_len, 2 * 64)) *
                               ceil_div(p.rows_per_group, sm90_rows_per_block(p.head_dim)) * p.heads * p.num_groups;
@@ -121,8 +122,9 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
     Sm90Params p = make_sm90_params(*params, true, nullptr);
     return DS4SCI_SM90_DTYPE_SWITCH(p.dtype, [&] {
         return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
-            cudaError_t status = encode_maps(p, kHeadDim);
-            if (status == cudaSuccess) status = run_sm90_prepare<T>(p);
+            cudaError_t status = run_sm90_prepare<T>(p);
+            read_gated_d_o(p);
+            if (status == cudaSuccess) status = encode_maps(p, kHeadDim);
             p.follows_prepare = true;
             if (status == cudaSuccess && (p.dpair_bias != nullptr || p.dpair_out != nullptr)) {
                 status = run_sm90_bwd_dpair<T, kHeadDim>(p);

@@ -40,6 +40,20 @@ inline KernelParams basic_kernel_params(const EvoformerParams& params) {
     return p;
 }
 
+// Backward with a gate: room for what the prepare step makes of d_o.
+inline void take_gated_d_o(KernelParams& p, WorkspaceCursor& cursor) {
+    if (p.gate == nullptr) return;
+    const int64_t elements = static_cast<int64_t>(p.batch) * p.rows * p.q_len * p.heads * p.head_dim;
+    p.gated_d_o = cursor.take<unsigned char>(elements * (p.dtype == kFloat32 ? 4 : 2));
+}
+// After it the main kernels read that in place of d_o.
+inline void read_gated_d_o(KernelParams& p) {
+    if (p.gate == nullptr) return;
+    const int64_t l = static_cast<int64_t>(p.heads) * p.head_dim, n = l * p.q_len;
+    p.d_o = p.gated_d_o;
+    p.d_o_stride = {n * p.rows, n, l, p.head_dim};
+}
+
 inline int32_t check(const EvoformerParams& p) {
     const int elements_per_chunk = p.dtype == kFloat32 ? 4 : 8;
     if (p.head_dim < 1 || p.head_dim > 128 || p.head_dim % elements_per_chunk != 0) return kInvalidHeadDim;
@@ -60,6 +74,7 @@ inline int32_t check_backward(const EvoformerParams& p) {
     const bool wants_dpair = p.dpair_bias != nullptr || p.dpair_out != nullptr;
     if (wants_dpair && (p.pair_bias == nullptr || p.dpair_splits < 1)) return kInvalidArgument;
     if ((p.dk == nullptr) != (p.dv == nullptr)) return kInvalidArgument;
+    if (p.d_gate != nullptr && p.gate == nullptr) return kInvalidArgument;
     return 0;
 }
 

@@ -16,6 +16,7 @@ struct KernelParams : EvoformerParams {
     float* pair_max;    // [pair_batch, pair_heads, q_len_padded]: row max of the pair bias; null: no pair bias
     float2* row_stats;  // backward: [B, N, H, q_len_padded] of {lse * log2(e), delta}; {+inf, 0} where P must be 0
     float* lse_low;     // backward, fp32 problems: what rounding lse * log2(e) to fp32 left over, same layout
+    void* gated_d_o;    // backward with a gate: [B, N, Lq, H, D] contiguous, sigmoid(gate) * d_o; null without
     int32_t q_len_padded, k_len_padded;
     bool heads_before_rows;              // order of work items, see decode_work_item
     int32_t num_groups, rows_per_group;  // rows of one group share a pair bias: N rows of a sample, or all B * N rows

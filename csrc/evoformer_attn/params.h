@@ -24,13 +24,15 @@ struct EvoformerParams {
     // [B|1, H|1, Lq, Lk], dtype of q or fp32, keys contiguous; null when absent. Rows start at multiples of 16 bytes
     // and may be read up to the next one.
     const void* pair_bias;
-    void* o;  // [B, N, Lq, H, D] contiguous; written by forward, read by backward
+    const void* gate;  // [B, N, Lq, H, D], dtype of q: o is multiplied by its sigmoid; null when absent
+    void* o;           // [B, N, Lq, H, D] contiguous; written by forward, read by backward
     // [B, N, H, Lq] natural log, relative to the row maxima of both biases; -inf: no key left. fp32, for fp32 problems
     // fp64: exp(x - lse) turns the rounding of lse into an error of every probability of the row.
     void* lse;
 
     // Backward only. A null output is neither computed nor written.
     const void* d_o;    // [B, N, Lq, H, D]
+    void* d_gate;       // [B, N, Lq, H, D] contiguous, dtype of q
     void* dq;           // [B, N, Lq, H, D] contiguous
     void* dk;           // [B, N, Lk, H, D] contiguous; dk and dv come together
     void* dv;           // [B, N, Lk, H, D] contiguous
@@ -42,7 +44,7 @@ struct EvoformerParams {
     void* workspace;  // ds4sci_evoformer_workspace_bytes() bytes, 256-byte aligned
     void* stream;     // cudaStream_t
 
-    RowStrides q_stride, k_stride, v_stride, d_o_stride;
+    RowStrides q_stride, k_stride, v_stride, gate_stride, d_o_stride;
     int64_t mask_stride_b, mask_stride_n, mask_stride_k;
     int64_t pair_stride_b, pair_stride_h, pair_stride_q;
 

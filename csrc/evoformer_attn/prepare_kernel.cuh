@@ -3,11 +3,13 @@
 //   pair rows   pair_max  = row max of the pair bias
 //   mask rows   mask      = mask - row max, fp32, padded with -inf
 //   vectors     row_stats = {lse * log2(e), delta = rowsum(dO * O)}, padded with {+inf, 0}      (backward)
+//               with a gate also the dO that the main kernels read, and the gate's gradient (gate.h)
 // Softmax is invariant to a constant per row, so subtracting the row maxima is exact. It keeps rows whose every key
 // carries a large negative bias (-1e9) exact as well: in fp32, -1e9 + logit would lose the logit.
 #pragma once
 #include <cmath>
 
+#include "gate.h"
 #include "kernel_params.h"
 #include "tile.h"
 
@@ -153,6 +155,34 @@ DS4SCI_DEVICE float dot_chunk<float>(const uint4& a, const uint4& b) {
            bits_to_float(a.z) * bits_to_float(b.z) + bits_to_float(a.w) * bits_to_float(b.w);
 }
 
+// One row (b, n), query and head of a strided tensor.
+template <typename T>
+DS4SCI_DEVICE const T* vector_of(const void* base, const RowStrides& stride, const KernelParams& p, int row, int q,
+                                 int head) {
+    return static_cast<const T*>(base) + row / p.rows * stride.b + row % p.rows * stride.n + q * stride.l +
+           head * stride.h;
+}
+
+// This lane's share of delta of one vector with a gate. Writes what the gate makes of dO, and the gate's gradient
+// where it is wanted. `first`: index of the vector in contiguous tensors.
+template <typename T>
+DS4SCI_DEVICE float gated_delta(const KernelParams& p, int64_t first, const T* d_o, const T* gate, int part) {
+    constexpr int kPieceElements = 8 / sizeof(T);
+    const T* o = static_cast<const T*>(p.o) + first;
+    T *gated_d_o = static_cast<T*>(p.gated_d_o) + first, *d_gate = static_cast<T*>(p.d_gate) + first;
+    float delta = 0.f;
+#pragma unroll 1
+    for (int d = part * kPieceElements; d < p.head_dim; d += kLanesPerVector * kPieceElements) {
+        const auto gated =
+            GateGradients<T>::of(*reinterpret_cast<const uint2*>(gate + d), *reinterpret_cast<const uint2*>(o + d),
+                                 *reinterpret_cast<const uint2*>(d_o + d));
+        delta += gated.delta;
+        *reinterpret_cast<uint2*>(gated_d_o + d) = gated.d_o;
+        if (p.d_gate != nullptr) *reinterpret_cast<uint2*>(d_gate + d) = gated.d_gate;
+    }
+    return delta;
+}
+
 template <typename T>
 struct RowStats {
     bool owner;                     // this lane writes
@@ -172,13 +202,16 @@ struct RowStats {
         const int q = static_cast<int>(vector / p.heads), head = static_cast<int>(vector % p.heads);
         RowStats stats{part == 0, (static_cast<int64_t>(row) * p.heads + head) * p.q_len_padded + q, INFINITY, 0.f};
         if (q < p.q_len) {
-            const T* o =
-                static_cast<const T*>(p.o) + ((static_cast<int64_t>(row) * p.q_len + q) * p.heads + head) * p.head_dim;
-            const T* d_o = static_cast<const T*>(p.d_o) + row / p.rows * p.d_o_stride.b +
-                           row % p.rows * p.d_o_stride.n + q * p.d_o_stride.l + head * p.d_o_stride.h;
-            for (int d = part * kChunkElements; d < p.head_dim; d += kLanesPerVector * kChunkElements) {
-                stats.delta +=
-                    dot_chunk<T>(*reinterpret_cast<const uint4*>(o + d), *reinterpret_cast<const uint4*>(d_o + d));
+            const int64_t first = ((static_cast<int64_t>(row) * p.q_len + q) * p.heads + head) * p.head_dim;
+            const T* d_o = vector_of<T>(p.d_o, p.d_o_stride, p, row, q, head);
+            if (p.gate == nullptr) {
+                const T* o = static_cast<const T*>(p.o) + first;
+                for (int d = part * kChunkElements; d < p.head_dim; d += kLanesPerVector * kChunkElements) {
+                    stats.delta +=
+                        dot_chunk<T>(*reinterpret_cast<const uint4*>(o + d), *reinterpret_cast<const uint4*>(d_o + d));
+                }
+            } else {
+                stats.delta = gated_delta(p, first, d_o, vector_of<T>(p.gate, p.gate_stride, p, row, q, head), part);
             }
         }
         stats.delta += shfl_xor(stats.delta, 1);

@@ -98,6 +98,7 @@ DS4SCI_DEVICE void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t (&a)[4], uin
 
 // ---- conversions ----
 DS4SCI_DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
+DS4SCI_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 template <typename T>
 DS4SCI_DEVICE uint32_t pack2(float low, float high);
 template <>
@@ -129,6 +130,12 @@ DS4SCI_DEVICE float2 unpack2(uint32_t x) {
 DS4SCI_DEVICE float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// Without the call that handles what overflows in an exact one. 0 for what is above 2^126.
+DS4SCI_DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 // A product that the compiler may not merge into a following addition.

@@ -2,7 +2,7 @@
 """Checkpoints of engines with a `ds4sci` block: one state dict of the whole model, and other layouts.
 
     python -m deepspeed_ds4sci.checkpoint export DIR OUT         # a Hugging Face-style state dict, in fp32
-    python -m deepspeed_ds4sci.checkpoint universal DIR/TAG      # for another ZeRO stage or number of ranks
+    python -m deepspeed_ds4sci.checkpoint universal DIR/TAG      # for another ZeRO stage, 0 to 3, or number of ranks
 
 `whole_state_dict(engine)` gives the state dict while training runs.
 """

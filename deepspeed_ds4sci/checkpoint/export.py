@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from deepspeed_ds4sci.checkpoint.table_files import save_whole, saved_table
+from deepspeed_ds4sci.checkpoint.manifest import check_files, folder_to_read
+from deepspeed_ds4sci.checkpoint.table_files import load_whole, save_whole, saved_table
 from deepspeed_ds4sci.models.configs import GenSLMConfig
 from deepspeed_ds4sci.models.hugging_face import to_hugging_face
 
@@ -23,10 +24,9 @@ def checkpoint_folder(directory: Path | str, tag: str | None = None) -> Path:
         if not latest.is_file():
             raise ValueError(f"{directory} must hold DeepSpeed checkpoints, but has no file `latest`; name a tag")
         tag = latest.read_text().strip()
-    folder = directory / tag
-    if not tag or not folder.is_dir():
-        raise ValueError(f"there is no checkpoint {folder}")
-    return folder
+    if not tag:
+        raise ValueError(f"{directory / 'latest'} is empty; name a tag")
+    return folder_to_read(directory / tag)
 
 
 def exported_state_dict(
@@ -44,6 +44,7 @@ def exported_state_dict(
         NotImplementedError: see `to_hugging_face`.
     """
     folder = checkpoint_folder(directory, tag)
+    check_files(folder)
     state = _zero_weights(folder) if list(folder.glob("*_optim_states.pt")) else _plain_weights(folder)
     add_table(state, folder)
     return state if genslm is None else to_hugging_face(state, genslm)
@@ -95,9 +96,5 @@ def _plain_weights(folder):
     files = sorted(folder.glob("mp_rank_*_model_states.pt"))
     if len(files) != 1:
         raise ValueError(f"{folder} must hold one mp_rank_*_model_states.pt, got {len(files)}")
-    try:
-        # DeepSpeed's file holds its own config objects.
-        state = torch.load(files[0], map_location="cpu", weights_only=False)["module"]
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{files[0]} is damaged and cannot be read: {error}") from error
+    state = load_whole(files[0], plain=False)["module"]
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

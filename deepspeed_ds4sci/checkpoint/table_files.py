@@ -82,8 +82,8 @@ def saved_table(folder: Path) -> SavedTable | None:
 
 def write_shard(
     folder: Path, rank: int, size: int, name: str, weight: TableShard, state: dict[str, TableShard], scalars: dict
-) -> None:
-    """Writes the file of rank `rank` of `size`. See `SavedTable` for the arguments."""
+) -> Path:
+    """Writes the file of rank `rank` of `size`, and returns it. See `SavedTable` for the arguments."""
     path = folder / f"{_PREFIX}_{rank:05d}_of_{size:05d}.pt"
     save_whole(
         {
@@ -94,6 +94,7 @@ def write_shard(
         },
         path,
     )
+    return path
 
 
 def save_whole(content, path: Path) -> None:
@@ -103,14 +104,18 @@ def save_whole(content, path: Path) -> None:
     os.replace(partial, path)
 
 
-def load_whole(path: Path, mmap: bool = False):
-    """torch.load of plain values on the CPU; mmap: tensors are read where they are used.
+def load_whole(path: Path, mmap: bool = False, plain: bool = True):
+    """torch.load on the CPU.
+
+    Args:
+        mmap: tensors are read where they are used.
+        plain: the file has plain values only; False: objects of DeepSpeed's too, for which code of the file is run.
 
     Raises:
         ValueError: the file is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=plain, mmap=mmap)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged and cannot be read: {error}") from error
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's universal checkpoints of engines with a sharded position table.
 
-DeepSpeed converts what it wrote. The table and its optimizer state are added as the parameter that they are in an
-unsharded model, so the result loads with any number of ranks per sequence, and without sharding too. What DeepSpeed
-writes has one of two forms, for stages 1 and 2 or for stage 3, and loads there alone; here it gets what both look for.
+DeepSpeed converts what it wrote with ZeRO; `unpartitioned` converts what it wrote without. The table and its optimizer
+state are added as the parameter that they are in an unsharded model, so the result loads with any number of ranks per
+sequence, and without sharding too. What DeepSpeed writes has one of two forms, for stages 1 and 2 or for stage 3, and
+loads there alone; here it gets what both look for, and at stage 0 the hooks load it.
 """
 
 import argparse
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import torch
 
-from deepspeed_ds4sci.checkpoint.table_files import save_whole, saved_table
+from deepspeed_ds4sci.checkpoint.manifest import check_files, folder_to_read, write_manifest
+from deepspeed_ds4sci.checkpoint.table_files import load_whole, save_whole, saved_table
 from deepspeed_ds4sci.checkpoint.universal_files import write_universal_table
+from deepspeed_ds4sci.checkpoint.unpartitioned import write_unpartitioned
 
 
 def to_universal(folder: Path | str, out: Path | str | None = None) -> Path:
-    """Converts the checkpoint DIR/TAG for a run with `"checkpoint": {"load_universal": true}`; ZeRO 1 to 3, Adam.
+    """Converts the checkpoint DIR/TAG for a run with `"checkpoint": {"load_universal": true}`; Adam or AdamW.
 
     Args:
         folder: DIR/TAG.
@@ -27,34 +30,21 @@ def to_universal(folder: Path | str, out: Path | str | None = None) -> Path:
         out.
 
     Raises:
-        ValueError: there is no such checkpoint, it is one without ZeRO, or `out` exists.
+        ValueError: there is no such checkpoint, a file is missing or damaged, its optimizer is not Adam, or `out`
+            exists. Without ZeRO also: see `write_unpartitioned`.
     """
     folder = Path(folder)
     out = folder.with_name(f"{folder.name}_universal") if out is None else Path(out)
-    if not folder.is_dir():
-        raise ValueError(f"there is no checkpoint {folder}")
-    if not list(folder.glob("*_optim_states.pt")):
-        raise ValueError(
-            f"{folder} has no ZeRO optimizer states, of which a universal checkpoint is made; a checkpoint saved at "
-            "stage 0 is loaded at stage 0"
-        )
+    folder = folder_to_read(folder)
     if out.exists():
         raise ValueError(f"{out} exists already")
-    from deepspeed.checkpoint import ds_to_universal
-
+    manifest = check_files(folder)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    ds_to_universal.main(
-        argparse.Namespace(
-            input_folder=str(folder),
-            output_folder=str(partial),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
-    )
+    if list(folder.glob("*_optim_states.pt")):
+        _convert(folder, partial)
+    else:
+        write_unpartitioned(folder, partial, (manifest or {}).get("parameter_groups"))
     table = saved_table(folder)
     if table is not None:
         write_universal_table(table, partial)
@@ -63,9 +53,32 @@ def to_universal(folder: Path | str, out: Path | str | None = None) -> Path:
     for path in folder.glob("ds4sci_*"):
         if not path.name.startswith(("ds4sci_position_table", "ds4sci_checkpoint")):
             shutil.copy2(path, partial)
+    write_manifest(partial, universal=True)
     partial.rename(out)
     (out.parent / "latest_universal").write_text(out.name)  # DeepSpeed named the folder that it wrote to
     return out
+
+
+def _convert(folder, out):
+    """DeepSpeed's conversion, of ZeRO 1 to 3."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    try:
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(folder),
+                output_folder=str(out),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"{folder} has optimizer states without {error}; a universal checkpoint has Adam's"
+        ) from error
 
 
 def _for_every_stage(folder):
@@ -111,5 +124,5 @@ def _version():
 
 
 def _own(path):
-    """Of a file that DeepSpeed wrote a moment ago, which holds objects of its own."""
-    return torch.load(path, map_location="cpu", weights_only=False)
+    """Of a file that DeepSpeed wrote a moment ago."""
+    return load_whole(path, plain=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A position table in DeepSpeed's universal checkpoints, which hold every parameter whole, in a folder of its name."""
+"""DeepSpeed's universal checkpoints, which hold every parameter whole in a folder of its name; a table in them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from deepspeed_ds4sci.checkpoint.table_files import SavedTable, load_whole, save_whole
 
+ADAM = ("exp_avg", "exp_avg_sq")
 _WEIGHT = "fp32"
 _PARAMETER = "param"  # DeepSpeed's key of the tensor in a file
 
@@ -56,14 +57,48 @@ def universal_table(folder: Path, name: str) -> UniversalTable | None:
 
 def write_universal_table(saved: SavedTable, folder: Path) -> None:
     """Writes a table and its optimizer state into a universal checkpoint, put together in CPU memory."""
-    parameter = folder / "zero" / f"{saved.name}.weight"
-    parameter.mkdir(parents=True, exist_ok=True)
+    name = f"{saved.name}.weight"
     for key in (None, *saved.state):
-        save_whole({_PARAMETER: saved.whole(key), "cat_dim": 0}, parameter / f"{key or _WEIGHT}.pt")
+        save_parameter(folder, name, {key or _WEIGHT: saved.whole(key)})
     if "step" in saved.scalars:
-        save_whole(saved.scalars["step"], parameter / "step.pt")
+        save_parameter(folder, name, {"step": saved.scalars["step"]})
 
 
-def _tensor(path):
-    content = load_whole(path, mmap=True)
+def save_parameter(folder: Path, name: str, state: dict) -> None:
+    """Writes a parameter into a universal checkpoint.
+
+    Args:
+        state: "fp32": the weight; "step": the number of optimizer steps; others: of the weight's shape.
+    """
+    parameter = folder / "zero" / name
+    parameter.mkdir(parents=True, exist_ok=True)
+    for key, value in state.items():
+        # A copy: of a view torch.save would write all that it is a part of.
+        content = value if key == "step" else {_PARAMETER: value.clone(), "cat_dim": 0}
+        save_whole(content, parameter / f"{key}.pt")
+
+
+def saved_shape(folder: Path, name: str) -> torch.Size | None:
+    """Of a parameter of a universal checkpoint; None: it is not there.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / "zero" / name / f"{_WEIGHT}.pt"
+    return _tensor(path).shape if path.is_file() else None
+
+
+def saved_state(folder: Path, name: str, optimizer_states: bool) -> dict:
+    """The "fp32" weight of a parameter, and its optimizer state if wanted, in CPU memory.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    keys = (_WEIGHT, *ADAM) if optimizer_states else (_WEIGHT,)
+    state = {key: _tensor(folder / "zero" / name / f"{key}.pt", mmap=False) for key in keys}
+    return state | ({"step": load_whole(folder / "zero" / name / "step.pt")} if optimizer_states else {})
+
+
+def _tensor(path, mmap=True):
+    content = load_whole(path, mmap=mmap)
     return content[_PARAMETER] if isinstance(content, dict) else content

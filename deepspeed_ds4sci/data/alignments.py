@@ -5,6 +5,7 @@ Files are read line by line; only the tokens, one byte per aligned position, sta
 file is a ValueError that starts with "path:line: ".
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ Format = Literal["stockholm", "a3m", "fasta"]
 
 _Line = tuple[int, str]
 _Record = tuple[int, str, str]  # line of the name, name, aligned row
+# What HH-suite writes about the query among the sequences: secondary structure, solvent accessibility, confidence;
+# numbered where several alignments were joined.
+_HH_SUITE_ANNOTATION = re.compile("(ss|sa)_(pred|conf|dssp)(#[0-9]+)?")
 _LOWERCASE_AND_DOT = str.maketrans("", "", "abcdefghijklmnopqrstuvwxyz.")
 
 
@@ -54,11 +58,16 @@ def read_alignment(path: str | Path, format: Format | None = None) -> Alignment:
     Args:
         path: the file; gzip is recognised by its content.
         format: None takes Stockholm from the first line ("# STOCKHOLM"), A3M from the suffix .a3m or .a3m.gz, and
-            aligned FASTA otherwise. In A3M lower-case letters are insertions and are dropped.
+            aligned FASTA otherwise.
+
+    In A3M lower-case letters are insertions and are dropped, as are HH-suite's annotations of the query ("ss_pred",
+    "ss_conf", "ss_dssp" and the same with "sa_"). In A3M and FASTA a name may be there more than once, as a database
+    hit with two domains is: the second is called "name#2", the third "name#3"; a "*" at the end of a sequence and zero
+    bytes between the alignments that ColabFold joins are dropped.
 
     Raises:
-        ValueError: the file is empty, damaged, not in that format, has rows of different lengths, a name twice, a
-            character that is no residue and no gap, or a second alignment; the message gives file and line.
+        ValueError: the file is empty, damaged, not in that format, has rows of different lengths, a character that is
+            no residue and no gap, or in Stockholm a name twice or a second alignment; the message gives file and line.
         OSError: the file cannot be opened.
     """
     path = Path(path)
@@ -121,41 +130,54 @@ def _fasta_records(path: Path, first: _Line, lines: Iterator[_Line]) -> Iterator
     """Records of a FASTA file; rows may be wrapped."""
     if not first[1].startswith(">"):
         raise ValueError(f"{path}:{first[0]}: expected '>name', got {first[1][:40]!r}")
-    name_line, header = first
+    times: dict[str, int] = {}
+    for number, header, row in _headed_rows(first, lines):
+        fields = header[1:].split(maxsplit=1)
+        if not fields:
+            raise ValueError(f"{path}:{number}: expected a name after '>', got none")
+        yield number, _unused_name(fields[0], times), row.removesuffix("*")
+
+
+def _headed_rows(first: _Line, lines: Iterator[_Line]) -> Iterator[_Record]:
+    """(line of the header, header, row) of a FASTA file."""
+    header_line, header = first
     rows: list[str] = []
     for number, line in lines:
+        line = line.strip("\0")
         if line.startswith(">"):
-            yield name_line, _fasta_name(path, name_line, header), "".join(rows)
-            name_line, header, rows = number, line, []
+            yield header_line, header, "".join(rows)
+            header_line, header, rows = number, line, []
         else:
             rows.append(line.replace(" ", ""))
-    yield name_line, _fasta_name(path, name_line, header), "".join(rows)
+    yield header_line, header, "".join(rows)
 
 
-def _fasta_name(path: Path, number: int, header: str) -> str:
-    fields = header[1:].split(maxsplit=1)
-    if not fields:
-        raise ValueError(f"{path}:{number}: expected a name after '>', got none")
-    return fields[0]
+def _unused_name(name: str, times: dict[str, int]) -> str:
+    """`name`, with a number if it was there before. `times` counts the names used so far."""
+    unused = name
+    while unused in times:
+        times[name] += 1
+        unused = f"{name}#{times[name]}"
+    times[unused] = 1
+    return unused
 
 
 def _a3m_records(path: Path, first: _Line, lines: Iterator[_Line]) -> Iterator[_Record]:
-    """FASTA records without the insertions: lower-case letters and dots. A leading '#' line is a comment."""
+    """FASTA records without annotations and insertions (lower-case letters, dots). A leading '#' line is a comment."""
     while first is not None and (first[1].startswith("#") or not first[1]):
         comment, first = first, next(lines, None)
         if first is None:
             raise ValueError(f"{path}:{comment[0]}: no sequences after the comments")
     for number, name, row in _fasta_records(path, first, lines):
-        yield number, name, row.translate(_LOWERCASE_AND_DOT)
+        if not _HH_SUITE_ANNOTATION.fullmatch(name):
+            yield number, name, row.translate(_LOWERCASE_AND_DOT)
 
 
 def _collect(path: Path, records: Iterator[_Record]) -> Alignment:
     """Checks and tokenises records as they come."""
-    line_of: dict[str, int] = {}
+    names: list[str] = []
     rows: list[np.ndarray] = []
     for number, name, row in records:
-        if name in line_of:
-            raise ValueError(f"{path}:{number}: the name {name!r} is there twice, first on line {line_of[name]}")
         tokens = encode(row)
         bad = np.flatnonzero(tokens == INVALID)
         if bad.size:
@@ -166,12 +188,11 @@ def _collect(path: Path, records: Iterator[_Record]) -> Alignment:
         if not tokens.size:
             raise ValueError(f"{path}:{number}: {name!r} has no sequence")
         if rows and tokens.size != rows[0].size:
-            first_name = next(iter(line_of))
             raise ValueError(
-                f"{path}:{number}: {name!r} has {tokens.size} columns, expected {rows[0].size} as {first_name!r} has"
+                f"{path}:{number}: {name!r} has {tokens.size} columns, expected {rows[0].size} as {names[0]!r} has"
             )
-        line_of[name] = number
+        names.append(name)
         rows.append(tokens)
     if not rows:
         raise ValueError(f"{path}:1: no sequences in the file")
-    return Alignment(tuple(line_of), np.stack(rows), str(path))
+    return Alignment(tuple(names), np.stack(rows), str(path))

@@ -5,30 +5,48 @@ Save: everything goes to a folder `TAG.partial`, which gets its name once all ra
 `latest` is replaced in one step. DeepSpeed itself writes into the final folder and names it in `latest` while other
 ranks may still be writing. A crash at any moment leaves the previous checkpoint whole and chosen.
 
-Load: the files are compared with the list that was saved, and the parts of the hooks are read for what would be
-refused, before anything is changed; what one rank finds, all ranks raise.
+Load: the files are compared with the list that was saved (see `checkpoint.manifest`), and the parts of the hooks are
+read for what would be refused, before anything is changed; what one rank finds, all ranks raise.
 """
 
+import contextlib
 import functools
 import inspect
-import json
-import os
+import logging
 import shutil
 from pathlib import Path
 from typing import Protocol
 
 import torch.distributed as dist
 
+from deepspeed_ds4sci.checkpoint.manifest import (
+    MANIFEST,
+    check_sizes,
+    check_sums,
+    files_of,
+    read_manifest,
+    replace_text,
+    replaced_by,
+    write_manifest,
+    write_sums,
+)
 from deepspeed_ds4sci.hooks.loader_checkpoint import make_resumable
 from deepspeed_ds4sci.hooks.random_checkpoint import RandomCheckpoint
+from deepspeed_ds4sci.hooks.stage0_universal import Stage0Universal, names_by_group
 
-MANIFEST = "ds4sci_checkpoint.json"
+logger = logging.getLogger(__name__)
+
+_CONVERT = (
+    "convert it with `python -m deepspeed_ds4sci.checkpoint universal {}`, and set checkpoint.load_universal in the "
+    "config"
+)
 
 
 class Part(Protocol):
     """What a hook adds to checkpoints. All ranks call all of it, in the same order."""
 
-    def write(self, folder: Path) -> None: ...
+    def write(self, folder: Path) -> Path | None:
+        """Returns the file that this rank wrote, if any."""
 
     def check(self, folder: Path) -> None:
         """Raises ValueError for what `read` could not take. Changes nothing."""
@@ -60,26 +78,38 @@ class EngineCheckpoint:
             shutil.rmtree(partial, ignore_errors=True)  # of a save that was cut off
             partial.mkdir(parents=True)
         dist.barrier()
-        for part in self.parts:
-            part.write(partial)
-        original(save_dir, partial.name, {} if client_state is None else client_state, save_latest=False, **kwargs)
-        if self._keeps_files:  # DeepSpeed's barrier has passed: every file is there
-            self._write_manifest(partial)
+        written = [path for part in self.parts if (path := part.write(partial)) is not None]
+        with _recorded(self.engine.checkpoint_engine, written):
+            original(
+                save_dir, f"{tag}.partial", {} if client_state is None else client_state, save_latest=False, **kwargs
+            )
+        written = [path for path in written if path.is_file()]
+        written += files_of(partial / "offloaded_tensors" / f"rank{self._number:02d}")  # DeepSpeed's, of NVMe
+        write_sums(partial, self._number, written)
+        dist.barrier()
+        if self._keeps_files:
+            write_manifest(partial, layout=self.layout, **self._named())
             _swap(partial, folder)
             if save_latest and self.engine.global_rank == 0:
-                _replace_text(Path(save_dir) / "latest", tag)
+                replace_text(Path(save_dir) / "latest", tag)
         dist.barrier()
         return True
+
+    def _named(self):
+        """What conversion needs to know of an optimizer state that is not partitioned."""
+        stage = self.engine.zero_optimization_stage()
+        return {"parameter_groups": names_by_group(self.engine)} if stage == 0 else {}
+
+    @property
+    def _number(self):
+        """Of this rank among those that see the same files."""
+        engine = self.engine
+        return engine.local_rank if engine.use_node_local_storage() else engine.global_rank
 
     @property
     def _keeps_files(self):
         """Whether this rank is the one that names files: rank 0, or one per node where each has a disk of its own."""
-        engine = self.engine
-        return (engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0
-
-    def _write_manifest(self, folder):
-        files = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
-        _replace_text(folder / MANIFEST, json.dumps({"layout": self.layout, "files": files}, indent=1) + "\n")
+        return self._number == 0
 
     # ---- load -------------------------------------------------------------------------------------------------------
 
@@ -92,6 +122,11 @@ class EngineCheckpoint:
             module_only = arguments["load_module_only"]
             with_state = arguments["load_optimizer_states"] and not module_only
             _agree(functools.partial(self._check, folder, with_state))
+            _agree(functools.partial(self._check_content, folder, with_state))
+            if self._unpartitioned_universal():
+                load = Stage0Universal(self.engine, folder).load
+                original = functools.partial(load, original, arguments, with_state)
+                args, kwargs = (), {}
         result = original(*args, **kwargs)
         if result[0] is not None:
             for part in self.parts:
@@ -114,34 +149,68 @@ class EngineCheckpoint:
         return folder
 
     def _check(self, folder, with_state):
+        """What is known without reading the files."""
         if not folder.is_dir():
             raise ValueError(f"there is no checkpoint {folder}")
-        manifest = _manifest(folder)
-        if manifest is not None:
+        manifest = read_manifest(folder)
+        if manifest is None:
             if self._keeps_files:
-                _compare_files(folder, manifest["files"])
-            self._check_layout(folder, manifest["layout"], with_state)
+                logger.warning("%s has no %s, so its files cannot be checked", folder, MANIFEST)
+            return
+        if self._keeps_files:
+            check_sizes(folder, manifest)
+        self._check_layout(folder, manifest, with_state)
+
+    def _unpartitioned_universal(self):
+        return self.engine.load_universal_checkpoint() and self.engine.zero_optimization_stage() == 0
+
+    def _check_content(self, folder, with_state):
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            # How many ranks a node has is not known: there its first rank reads all that the node has.
+            count = 1 if self.engine.use_node_local_storage() else dist.get_world_size()
+            check_sums(folder, manifest, self._number, count)
+        if self._unpartitioned_universal():
+            Stage0Universal(self.engine, folder).check(with_state)
         for part in self.parts:
             part.check(folder)
 
-    def _check_layout(self, folder, saved, with_state):
+    def _check_layout(self, folder, manifest, with_state):
         engine = self.engine
-        if not with_state or engine.load_universal_checkpoint() or engine.zero_elastic_checkpoint():
+        universal = manifest.get("universal", False)
+        if universal != engine.load_universal_checkpoint():
+            raise ValueError(
+                f"{folder} is {'a' if universal else 'no'} universal checkpoint: checkpoint.load_universal in the "
+                f"config must be {str(universal).lower()}, got {str(not universal).lower()}"
+            )
+        if universal:
+            return
+        saved = manifest["layout"]
+        self._check_table(folder, saved, with_state)
+        if not with_state or engine.zero_elastic_checkpoint():
             return
         # Without ZeRO every rank has all of the optimizer state, however many there are.
         names = ("zero", "ranks") if saved["zero"] != "off" else ("zero",)
         for name in names:
             if saved[name] != self.layout[name]:
-                way = (
-                    f"convert it with `python -m deepspeed_ds4sci.checkpoint universal {folder}`, and set "
-                    "checkpoint.load_universal in the config"
-                    if saved["zero"] != "off"
-                    else "pass load_optimizer_states=False to take the weights alone"
-                )
                 raise ValueError(
                     f"{folder} was saved with {name} = {saved[name]}, and this engine has {self.layout[name]}: its "
-                    f"optimizer states are partitioned otherwise; {way}"
+                    f"optimizer states are partitioned otherwise; {_CONVERT.format(folder)}; or pass "
+                    "load_optimizer_states=False to take the weights alone"
                 )
+
+    def _check_table(self, folder, saved, with_state):
+        """A table that one of the two has in parts: DeepSpeed's files lack it, or have it as one more weight."""
+        ours = self.layout["sharded_table"]
+        if saved["sharded_table"] == ours:
+            return
+        whole = "stage 3" not in (saved["zero"], self.layout["zero"])
+        if ours and whole and not with_state:
+            return  # the weights alone: the whole table is cut
+        raise ValueError(
+            f"{folder} was saved with{'' if saved['sharded_table'] else 'out'} position_embedding.sharded, and this "
+            f"engine is with{'' if ours else 'out'}; {_CONVERT.format(folder)}"
+        )
 
 
 def install_checkpoint(engine, context) -> None:
@@ -152,33 +221,27 @@ def install_checkpoint(engine, context) -> None:
         "ranks": dist.get_world_size(),
         "zero": {0: "off", 3: "stage 3"}.get(engine.zero_optimization_stage(), "stage 1 or 2"),
         "sequence_parallel": parallel.model_dump(include={"size", "mode"}),
+        "sharded_table": context.config.position_embedding.sharded,
     }
     engine.ds4sci_checkpoint = EngineCheckpoint(engine, layout)
     engine.ds4sci_checkpoint.parts.append(RandomCheckpoint(context.sequence))
     make_resumable(engine)
 
 
-def _manifest(folder):
-    path = folder / MANIFEST
+@contextlib.contextmanager
+def _recorded(checkpoint_engine, written):
+    """Adds the files that DeepSpeed saves on this rank to `written`."""
+    save = checkpoint_engine.save
+
+    def recording(state_dict, path):
+        save(state_dict, path)
+        written.append(Path(path))
+
+    checkpoint_engine.save = recording
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged and cannot be read: {error}") from error
-
-
-def _files(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _compare_files(folder, files):
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"the checkpoint {folder} lacks the file {name}")
-        if path.stat().st_size != size:
-            raise ValueError(
-                f"{path} is damaged: it has {path.stat().st_size} bytes, and had {size} when it was saved"
-            )
+        yield
+    finally:
+        checkpoint_engine.save = save
 
 
 def _agree(check):
@@ -197,7 +260,7 @@ def _agree(check):
 
 def _swap(partial, folder):
     """Gives `partial` its name. An older checkpoint of that name goes away last."""
-    replaced = folder.with_name(folder.name + ".replaced")
+    replaced = replaced_by(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
@@ -207,15 +270,6 @@ def _swap(partial, folder):
 
 def _finish_swap(folder):
     """After a crash in the middle of `_swap`: the older checkpoint is still there under its other name."""
-    replaced = folder.with_name(folder.name + ".replaced")
+    replaced = replaced_by(folder)
     if replaced.is_dir() and not folder.exists():
         replaced.rename(folder)
-
-
-def _replace_text(path, text):
-    scratch = path.with_name(path.name + ".partial")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)

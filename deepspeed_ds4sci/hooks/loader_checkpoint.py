@@ -38,8 +38,10 @@ class EngineLoader:
         return next(self._batches)
 
     def write(self, folder):
-        if dist.get_rank() == 0:
-            save_whole(self.sampler.state_dict(), folder / self.FILE)
+        if dist.get_rank() != 0:
+            return None
+        save_whole(self.sampler.state_dict(), folder / self.FILE)
+        return folder / self.FILE
 
     def check(self, folder):
         if (folder / self.FILE).exists():

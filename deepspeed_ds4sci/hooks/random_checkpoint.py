@@ -40,6 +40,7 @@ class RandomCheckpoint:
             "model": None if self.state is None else self.state.random.state,
         }
         save_whole(states, self._path(folder))
+        return self._path(folder)
 
     def check(self, folder):
         path = self._path(folder)

@@ -21,11 +21,11 @@ class TableCheckpoint:
 
     def write(self, folder):
         if self.optimizer.groups.dp_rank != 0:
-            return
+            return None
         table = self.table
         state = self.optimizer.optimizer.state.get(table.weight, {})
         sharded = {key: value for key, value in state.items() if _is_sharded(value, table)}
-        write_shard(
+        return write_shard(
             folder,
             table.rank,
             table.size,

@@ -18,7 +18,7 @@ from deepspeed_ds4sci.ops.evoformer_attention import evoformer_attention
 class GatedAttention(nn.Module):
     """Multi-head self-attention with a sigmoid gate on the output, along either axis of a table of features.
 
-    o = linear_o(sigmoid(linear_g(x)) * evoformer_attention(linear_q(x), linear_k(x), linear_v(x), biases))
+    o = linear_o(evoformer_attention(linear_q(x), linear_k(x), linear_v(x), biases, gate=linear_g(x)))
 
     Args:
         c_in: channels of the input and the output.
@@ -76,13 +76,13 @@ class GatedAttention(nn.Module):
         v = self._heads(self.linear_v(x), attend_rows)
         if mask is not None:
             mask = (mask.transpose(-1, -2) if attend_rows else mask)[:, :, None, None, :]  # [B, N, 1, 1, L]
+        gate = self._heads(self.linear_g(x), attend_rows)
         o = evoformer_attention(
-            q, k, v, mask_bias=mask, pair_bias=pair_bias, implementation=self.implementation
+            q, k, v, mask_bias=mask, pair_bias=pair_bias, gate=gate, implementation=self.implementation
         )  # [B, N, L, H, D]
-        if attend_rows:
-            o = o.transpose(1, 2)
-        # Gate first: its layout, not the transposed one of o, then decides the layout of the product.
-        return self.linear_o(torch.sigmoid(self.linear_g(x)) * o.flatten(-2))
+        # Projected before it is transposed back: o is contiguous, so linear_o keeps the tensor that the op keeps, too.
+        update = self.linear_o(o.flatten(-2))
+        return update.transpose(1, 2) if attend_rows else update
 
     def _heads(self, x: Tensor, attend_rows: bool) -> Tensor:
         """[B, R, C, H * D] -> view [B, N, L, H, D]."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op as PyTorch sees it: schema, kernels, fake kernels for torch.compile, first and second derivatives.
 
-    deepspeed_ds4sci::evoformer_attn_fwd(q, k, v, mask_bias, pair_bias, softmax_scale, implementation) -> (o, lse)
-    deepspeed_ds4sci::evoformer_attn_bwd(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation,
-                                         wanted) -> those wanted of dq, dk, dv, dmask_bias, dpair_bias, in this order
+    deepspeed_ds4sci::evoformer_attn_fwd(q, k, v, mask_bias, pair_bias, gate, softmax_scale, implementation)
+        -> (o, lse)
+    deepspeed_ds4sci::evoformer_attn_bwd(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale,
+                                         implementation, wanted)
+        -> those wanted of dq, dk, dv, dmask_bias, dpair_bias, dgate, in this order
 
 `implementation` is a name of the dispatch table or "" for the fastest. The choice is made inside the op, so that a
 compiled graph does not depend on it. Arguments have been checked by `evoformer_attention`.
@@ -19,22 +21,22 @@ from ._dispatch import choose, problem_of
 from ._precision import own_precision
 from .reference import lse_dtype, reference_second_gradients
 
-NUM_INPUTS = 5  # q, k, v, mask_bias, pair_bias
+NUM_INPUTS = 6  # q, k, v, mask_bias, pair_bias, gate
 
 _library = torch.library.Library("deepspeed_ds4sci", "FRAGMENT")
 _library.define(
     "evoformer_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask_bias, Tensor? pair_bias, "
-    "float softmax_scale, str implementation) -> (Tensor, Tensor)"
+    "Tensor? gate, float softmax_scale, str implementation) -> (Tensor, Tensor)"
 )
 _library.define(
     "evoformer_attn_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? mask_bias, Tensor? pair_bias, "
-    "Tensor o, Tensor lse, float softmax_scale, str implementation, bool[] wanted) -> Tensor[]"
+    "Tensor? gate, Tensor o, Tensor lse, float softmax_scale, str implementation, bool[] wanted) -> Tensor[]"
 )
 
 
-def _unit_last_stride(*tensors: Tensor) -> list[Tensor]:
+def _unit_last_stride(*tensors: Tensor | None) -> list[Tensor | None]:
     """Each of `tensors`, copied only if neighbouring elements of a head are not neighbours in memory."""
-    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
+    return [x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
 
 
 def _output_shapes(q: Tensor) -> tuple[tuple, tuple]:
@@ -42,16 +44,16 @@ def _output_shapes(q: Tensor) -> tuple[tuple, tuple]:
     return (batch, rows, q_len, heads, head_dim), (batch, rows, heads, q_len)
 
 
-def _forward(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
+def _forward(q, k, v, mask_bias, pair_bias, gate, softmax_scale, implementation):
     if q.numel() == 0 or k.numel() == 0:
         o_shape, lse_shape = _output_shapes(q)
         return q.new_zeros(o_shape), q.new_full(lse_shape, math.inf, dtype=lse_dtype(q))
     chosen = choose(problem_of(q, k, pair_bias, softmax_scale), implementation or None)
-    q, k, v = _unit_last_stride(q, k, v)
-    return chosen.forward(q, k, v, mask_bias, pair_bias, softmax_scale)
+    q, k, v, gate = _unit_last_stride(q, k, v, gate)
+    return chosen.forward(q, k, v, mask_bias, pair_bias, gate, softmax_scale)
 
 
-def _forward_fake(q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
+def _forward_fake(q, k, v, mask_bias, pair_bias, gate, softmax_scale, implementation):
     o_shape, lse_shape = _output_shapes(q)
     return q.new_empty(o_shape), q.new_empty(lse_shape, dtype=lse_dtype(q))
 
@@ -64,27 +66,27 @@ def _refuse_gradient_of_boolean(mask_bias: Tensor | None, wanted) -> None:
         )
 
 
-def _gradients(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, wanted):
-    """Of the five inputs; None where `wanted`, a tuple, is False."""
+def _gradients(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, implementation, wanted):
+    """Of the six inputs; None where `wanted`, a tuple, is False."""
     _refuse_gradient_of_boolean(mask_bias, wanted)
     if q.numel() == 0 or k.numel() == 0:
         return tuple(
             torch.zeros_like(x, memory_format=torch.contiguous_format) if w else None
-            for x, w in zip((q, k, v, mask_bias, pair_bias), wanted, strict=True)
+            for x, w in zip((q, k, v, mask_bias, pair_bias, gate), wanted, strict=True)
         )
     chosen = choose(problem_of(q, k, pair_bias, softmax_scale), implementation or None)
-    do, q, k, v = _unit_last_stride(do, q, k, v)
-    return chosen.backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted)
+    do, q, k, v, gate = _unit_last_stride(do, q, k, v, gate)
+    return chosen.backward(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted)
 
 
-def _backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, wanted):
-    args = (do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, tuple(wanted))
+def _backward(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, implementation, wanted):
+    args = (do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, implementation, tuple(wanted))
     return [grad for grad, w in zip(_gradients(*args), wanted, strict=True) if w]
 
 
-def _backward_fake(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, wanted):
+def _backward_fake(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, implementation, wanted):
     _refuse_gradient_of_boolean(mask_bias, wanted)
-    return [x.new_empty(x.shape) for x, w in zip((q, k, v, mask_bias, pair_bias), wanted, strict=True) if w]
+    return [x.new_empty(x.shape) for x, w in zip((q, k, v, mask_bias, pair_bias, gate), wanted, strict=True) if w]
 
 
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
@@ -130,9 +132,9 @@ class _DirectForward(torch.autograd.Function):
     """o of tensors that are unobserved."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
-        o, lse = _forward(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
-        _save(ctx, (q, k, v, mask_bias, pair_bias), o, lse, softmax_scale, implementation)
+    def forward(ctx, q, k, v, mask_bias, pair_bias, gate, softmax_scale, implementation):
+        o, lse = _forward(q, k, v, mask_bias, pair_bias, gate, softmax_scale, implementation)
+        _save(ctx, (q, k, v, mask_bias, pair_bias, gate), o, lse, softmax_scale, implementation)
         return o
 
     @staticmethod
@@ -144,10 +146,10 @@ class _Forward(torch.autograd.Function):
     """o and lse, as the registered op returns them."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask_bias, pair_bias, softmax_scale, implementation):
+    def forward(ctx, q, k, v, mask_bias, pair_bias, gate, softmax_scale, implementation):
         with torch._C._AutoDispatchBelowAutograd():
-            o, lse = _forward_op(q, k, v, mask_bias, pair_bias, softmax_scale, implementation)
-        _save(ctx, (q, k, v, mask_bias, pair_bias), o, lse, softmax_scale, implementation)
+            o, lse = _forward_op(q, k, v, mask_bias, pair_bias, gate, softmax_scale, implementation)
+        _save(ctx, (q, k, v, mask_bias, pair_bias, gate), o, lse, softmax_scale, implementation)
         ctx.mark_non_differentiable(lse)
         return o, lse
 
@@ -160,10 +162,12 @@ class _Backward(torch.autograd.Function):
     """Second derivatives through the reference formula: memory grows with L^2 here."""
 
     @staticmethod
-    def forward(ctx, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, wanted):
+    def forward(ctx, do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, implementation, wanted):
         with torch._C._AutoDispatchBelowAutograd():
-            grads = _backward_op(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, implementation, wanted)
-        ctx.save_for_backward(do, q, k, v, mask_bias, pair_bias)
+            grads = _backward_op(
+                do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, implementation, wanted
+            )
+        ctx.save_for_backward(do, q, k, v, mask_bias, pair_bias, gate)
         ctx.softmax_scale, ctx.wanted = softmax_scale, wanted
         ctx.set_materialize_grads(False)
         return tuple(grads)
@@ -211,12 +215,16 @@ def evoformer_attn(
     v: Tensor,
     mask_bias: Tensor | None,
     pair_bias: Tensor | None,
+    gate: Tensor | None,
     softmax_scale: float,
     implementation: str | None,
     direct: bool,
 ) -> Tensor:
-    """o [B, N, Lq, H, D] of checked arguments; differentiable. `direct`: what `is_unobserved` says of the tensors."""
-    args = (q, k, v, mask_bias, pair_bias, softmax_scale, implementation or "")
+    """o [B, N, Lq, H, D], gated, of checked arguments; differentiable.
+
+    `direct`: what `is_unobserved` says of the tensors.
+    """
+    args = (q, k, v, mask_bias, pair_bias, gate, softmax_scale, implementation or "")
     if not direct:
         return _forward_op(*args)[0]
     if torch.is_grad_enabled() and (
@@ -225,6 +233,7 @@ def evoformer_attn(
         or v.requires_grad
         or (mask_bias is not None and mask_bias.requires_grad)
         or (pair_bias is not None and pair_bias.requires_grad)
+        or (gate is not None and gate.requires_grad)
     ):
         return _DirectForward.apply(*args)
     return _forward(*args)[0]

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from deepspeed_ds4sci import _logging
+
 from .reference import REFERENCE
 
 logger = logging.getLogger("deepspeed_ds4sci")
@@ -39,7 +41,7 @@ class Problem(NamedTuple):
 class Implementation(Protocol):
     """One way to compute the op. Tensors are laid out as in `evoformer_attention`; none is empty.
 
-    q, k, v and do come with a unit last stride and any other strides, 0 included; biases come with any strides.
+    q, k, v, gate and do come with a unit last stride and any other strides, 0 included; biases come with any strides.
     Everything returned is contiguous. Who multiplies with torch decorates `forward` and `backward` with
     `in_own_precision`: autocast may be on, and TF32 allowed.
     """
@@ -47,12 +49,19 @@ class Implementation(Protocol):
     name: str
 
     def unsupported_reason(self, problem: Problem) -> str | None:
-        """None if this implementation can run `problem`, else why it cannot."""
+        """None if this implementation can run `problem`, else why it cannot: `Missing` if it could, once built."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask_bias: Tensor | None,
+        pair_bias: Tensor | None,
+        gate: Tensor | None,
+        softmax_scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """o [B, N, Lq, H, D] and lse [B, N, H, Lq] of `lse_dtype`, which only this class's `backward` reads."""
+        """o [B, N, Lq, H, D], gated, and lse [B, N, H, Lq] of `lse_dtype`, read by this class's `backward` alone."""
 
     def backward(
         self,
@@ -62,12 +71,20 @@ class Implementation(Protocol):
         v: Tensor,
         mask_bias: Tensor | None,
         pair_bias: Tensor | None,
+        gate: Tensor | None,
         o: Tensor,
         lse: Tensor,
         softmax_scale: float,
         wanted: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
-        """dq, dk, dv, dmask_bias, dpair_bias in the shape and dtype of their inputs; None where `wanted` is False."""
+        """dq, dk, dv, dmask_bias, dpair_bias, dgate, shaped and typed as their inputs; None where `wanted` is False.
+
+        o: what `forward` returned, the gated one. do: the gradient of that.
+        """
+
+
+class Missing(str):
+    """A reason that lies in the installation or its build, not in the problem: on a CUDA device it is a warning."""
 
 
 class Unavailable:
@@ -75,9 +92,9 @@ class Unavailable:
 
     def __init__(self, name: str, reason: str):
         self.name = name
-        self.reason = reason
+        self.reason = Missing(reason)
 
-    def unsupported_reason(self, problem: Problem) -> str:
+    def unsupported_reason(self, problem: Problem) -> Missing:
         return self.reason
 
     def forward(self, *args):
@@ -144,7 +161,16 @@ def _announce(problem: Problem, chosen: str, refused: tuple[tuple[str, str], ...
     if problem.capability is not None:
         device += " with compute capability {}.{}".format(*problem.capability)
     reasons = "".join(f"; not {name}: {reason}" for name, reason in refused)
-    logger.info('evoformer_attention on %s runs "%s"%s', device, chosen, reasons)
+    # One rank alone may lack the library, and lines below WARNING are shown for rank 0 only.
+    lacking = problem.device_type == "cuda" and any(
+        isinstance(reason, Missing) and slower_reason(name, problem) is None for name, reason in refused
+    )
+    _logging.attach_handler()  # `deepspeed_ds4sci.nn` comes here without a public name of the package
+    logger.log(
+        logging.WARNING if lacking else logging.INFO,
+        'evoformer_attention on %s runs "%s"%s',
+        *(device, chosen, reasons),
+    )
 
 
 def _named(problem: Problem, requested: str) -> Implementation:
@@ -171,7 +197,8 @@ def choose(problem: Problem, requested: str | None = None) -> Implementation:
         ValueError: `requested` is not a name in the table.
         NotImplementedError: the named implementation, or every implementation, cannot run `problem`; with the reasons.
 
-    Decisions are kept per (problem, requested). The first of a kind writes one INFO line to log "deepspeed_ds4sci".
+    Decisions are kept per (problem, requested). The first of a kind writes one line to log "deepspeed_ds4sci": INFO,
+    or WARNING where a CUDA device would run a faster one if its library were not missing.
     """
     if requested is not None:
         return _named(problem, requested)

@@ -104,28 +104,30 @@ class Extension:
         v: Tensor,
         mask_bias: Tensor | None,
         pair_bias: Tensor | None,
+        gate: Tensor | None,
         softmax_scale: float,
         path: str = "sm80",
     ) -> tuple[Tensor, Tensor]:
-        """o [B, N, Lq, H, D] in q's dtype and lse [B, N, H, Lq] relative to the row maxima of the biases.
+        """o [B, N, Lq, H, D] in q's dtype, gated, and lse [B, N, H, Lq] relative to the row maxima of the biases.
 
         lse is fp32; fp64 for fp32 problems, whose gradients would feel its rounding. `path`: whose kernels run,
         "sm80" or "sm90"; RuntimeError where the library was compiled without them.
         """
-        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path)
-        if plan.readable and _layout.addresses_are_aligned(q, k, v, pair_bias):
-            return self._forward(plan, q, k, v, mask_bias, pair_bias)
+        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, gate, softmax_scale), path)
+        if plan.readable and _layout.addresses_are_aligned(q, k, v, pair_bias, gate):
+            return self._forward(plan, q, k, v, mask_bias, pair_bias, gate)
         head_dim, by_copy_engine = q.shape[-1], _READ_BY_COPY_ENGINE[path]
         q, k, v = (_layout.readable_rows(x, by_copy_engine) for x in (q, k, v))
         pair_bias = _layout.readable_pair_bias(pair_bias, by_copy_engine)
-        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path)
-        o, lse = self._forward(plan, q, k, v, mask_bias, pair_bias)
+        gate = None if gate is None else _layout.readable_rows(gate)
+        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, gate, softmax_scale), path)
+        o, lse = self._forward(plan, q, k, v, mask_bias, pair_bias, gate)
         return _layout.narrow(o, head_dim), lse
 
-    def _forward(self, plan: _Plan, q, k, v, mask_bias, pair_bias) -> tuple[Tensor, Tensor]:
+    def _forward(self, plan: _Plan, q, k, v, mask_bias, pair_bias, gate) -> tuple[Tensor, Tensor]:
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(plan.lse_shape, dtype=plan.lse_dtype, device=q.device)
-        params = with_addresses(plan.params, q, k, v, mask_bias, pair_bias, o, lse)
+        params = with_addresses(plan.params, q, k, v, mask_bias, pair_bias, gate, o, lse)
         self._run(plan.functions.fwd, plan, params, q)
         return o, lse
 
@@ -137,30 +139,35 @@ class Extension:
         v: Tensor,
         mask_bias: Tensor | None,
         pair_bias: Tensor | None,
+        gate: Tensor | None,
         o: Tensor,
         lse: Tensor,
         softmax_scale: float,
-        wanted: tuple[bool, bool, bool, bool, bool],
+        wanted: tuple[bool, bool, bool, bool, bool, bool],
         path: str = "sm80",
     ) -> tuple[Tensor | None, ...]:
-        """dq, dk, dv, dmask_bias, dpair_bias in the shapes and dtypes of their inputs; None where not wanted."""
+        """dq, dk, dv, dmask_bias, dpair_bias, dgate, shaped and typed as their inputs; None where not wanted."""
         of_backward = (do.stride(), o.is_contiguous(), wanted)
-        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path, of_backward)
-        if plan.readable and _layout.addresses_are_aligned(do, q, k, v, pair_bias, o):
-            return self._backward(plan, do, q, k, v, mask_bias, pair_bias, o, lse, wanted)
+        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, gate, softmax_scale), path, of_backward)
+        if plan.readable and _layout.addresses_are_aligned(do, q, k, v, pair_bias, gate, o):
+            return self._backward(plan, do, q, k, v, mask_bias, pair_bias, gate, o, lse, wanted)
         head_dim, by_copy_engine = q.shape[-1], _READ_BY_COPY_ENGINE[path]
         do, q, k, v, o = (_layout.readable_rows(x, by_copy_engine) for x in (do, q, k, v, o.contiguous()))
         pair_bias = _layout.readable_pair_bias(pair_bias, by_copy_engine)
+        gate = None if gate is None else _layout.readable_rows(gate)
         of_backward = (do.stride(), True, wanted)
-        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, softmax_scale), path, of_backward)
-        dq, dk, dv, *of_biases = self._backward(plan, do, q, k, v, mask_bias, pair_bias, o, lse, wanted)
-        return (*(_layout.narrow(x, head_dim) for x in (dq, dk, dv)), *of_biases)
+        plan = self._plan(layout_of(q, k, v, mask_bias, pair_bias, gate, softmax_scale), path, of_backward)
+        dq, dk, dv, *of_biases, dgate = self._backward(plan, do, q, k, v, mask_bias, pair_bias, gate, o, lse, wanted)
+        dq, dk, dv, dgate = (_layout.narrow(x, head_dim) for x in (dq, dk, dv, dgate))
+        return (dq, dk, dv, *of_biases, dgate)
 
-    def _backward(self, plan: _Plan, do, q, k, v, mask_bias, pair_bias, o, lse, wanted) -> tuple[Tensor | None, ...]:
-        params = with_addresses(plan.params, q, k, v, mask_bias, pair_bias, o, lse)
+    def _backward(
+        self, plan: _Plan, do, q, k, v, mask_bias, pair_bias, gate, o, lse, wanted
+    ) -> tuple[Tensor | None, ...]:
+        params = with_addresses(plan.params, q, k, v, mask_bias, pair_bias, gate, o, lse)
         params.d_o = do.data_ptr()
-        want_dq, want_dk, want_dv, want_dmask, want_dpair = wanted
-        dq = dk = dv = dmask = dpair = shares = None
+        want_dq, want_dk, want_dv, want_dmask, want_dpair, want_dgate = wanted
+        dq = dk = dv = dmask = dpair = shares = dgate = None
         if want_dq:
             dq = torch.empty_like(q, memory_format=torch.contiguous_format)
             params.dq = dq.data_ptr()
@@ -178,6 +185,9 @@ class Extension:
             if plan.finishes_dpair:
                 dpair = torch.empty(pair_bias.shape, dtype=pair_bias.dtype, device=q.device)
                 params.dpair_out = dpair.data_ptr()
+        if want_dgate:
+            dgate = torch.empty_like(q, memory_format=torch.contiguous_format)
+            params.d_gate = dgate.data_ptr()
         self._run(plan.functions.bwd, plan, params, q)
         return (
             dq,
@@ -185,11 +195,12 @@ class Extension:
             dv if want_dv else None,
             _reduce_mask_gradient(dmask, mask_bias) if want_dmask else None,
             _reduce_pair_gradient(shares, pair_bias) if want_dpair and not plan.finishes_dpair else dpair,
+            dgate,
         )
 
     def attention(self, q, k, v, bias1, bias2, o, lse) -> None:
         """DeepSpeed's forward entry point: writes o and lse [B * N, H, Lq rounded up to 32]; an empty bias is none."""
-        out, out_lse = self.forward(*_five_axes(q, k, v), _present(bias1), _present(bias2), q.shape[-1] ** -0.5)
+        out, out_lse = self.forward(*_five_axes(q, k, v), _present(bias1), _present(bias2), None, q.shape[-1] ** -0.5)
         o.copy_(out.view_as(o))
         q_len = q.shape[-3]
         lse[..., :q_len].copy_(out_lse.view(-1, q.shape[-2], q_len))
@@ -199,9 +210,9 @@ class Extension:
         do5, q5, k5, v5, o5 = _five_axes(do, q, k, v, o)
         q_len = q.shape[-3]
         lse = lse[..., :q_len].reshape(*q5.shape[:2], q.shape[-2], q_len).to(lse_dtype(q.dtype)).contiguous()
-        wanted = (True, True, True, db1.numel() > 0, db2.numel() > 0)
-        gradients = self.backward(
-            do5, q5, k5, v5, _present(bias1), _present(bias2), o5, lse, q.shape[-1] ** -0.5, wanted
+        wanted = (True, True, True, db1.numel() > 0, db2.numel() > 0, False)
+        *gradients, _ = self.backward(
+            do5, q5, k5, v5, _present(bias1), _present(bias2), None, o5, lse, q.shape[-1] ** -0.5, wanted
         )
         for destination, gradient in zip((dq, dk, dv, db1, db2), gradients, strict=True):
             if gradient is not None:
@@ -216,12 +227,12 @@ class Extension:
         k_len = layout.k_shape[2]
         params = make_params(layout)
         # Sizes depend on which tensors are there, not on where: any address will do.
-        biases = {"mask_bias": layout.mask, "pair_bias": layout.pair}
-        present = ["q", "k", "v", "o", "lse", *(name for name, bias in biases.items() if bias is not None)]
+        optional = {"mask_bias": layout.mask, "pair_bias": layout.pair, "gate": layout.gate_stride}
+        present = ["q", "k", "v", "o", "lse", *(name for name, given in optional.items() if given is not None)]
         _point(params, present, _SOME_ADDRESS)
         dpair_shape, finishes_dpair = None, False
         if of_backward is not None:
-            do_stride, _, (want_dq, want_dk, want_dv, want_dmask, want_dpair) = of_backward
+            do_stride, _, (want_dq, want_dk, want_dv, want_dmask, want_dpair, _) = of_backward
             params.d_o_stride = RowStrides(*do_stride[:4])
             if want_dpair:
                 params.dpair_splits = functions.dpair_splits(params, _num_sms(layout.device))
@@ -282,6 +293,11 @@ def _is_readable(layout: Layout, of_backward: tuple | None, by_copy_engine: bool
             return False
         read.append((layout.q_shape, do_stride))
     if layout.pair is not None and not _layout.is_readable(*layout.pair, by_copy_engine):
+        return False
+    # Hopper's kernels, too, read the gate themselves.
+    if layout.gate_stride is not None and not _layout.rows_are_readable(
+        layout.q_shape, layout.gate_stride, layout.dtype
+    ):
         return False
     return all(_layout.rows_are_readable(shape, stride, layout.dtype, by_copy_engine) for shape, stride in read)
 

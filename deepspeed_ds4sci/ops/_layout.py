@@ -33,7 +33,7 @@ def is_readable(
 def rows_are_readable(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, by_copy_engine: bool = False
 ) -> bool:
-    """The same for q, k, v, o and do [B, N, L, H, D]."""
+    """The same for q, k, v, gate, o and do [B, N, L, H, D]."""
     return stride[2] <= _MAX_STRIDE and is_readable(shape, stride, dtype, by_copy_engine)
 
 

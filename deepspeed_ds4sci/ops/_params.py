@@ -9,10 +9,10 @@ from torch import Tensor
 
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
 POINTERS = (
-    *("q", "k", "v", "mask_bias", "pair_bias", "o", "lse"),
-    *("d_o", "dq", "dk", "dv", "dpair_bias", "dmask_bias", "dpair_out", "workspace", "stream"),
+    *("q", "k", "v", "mask_bias", "pair_bias", "gate", "o", "lse"),
+    *("d_o", "d_gate", "dq", "dk", "dv", "dpair_bias", "dmask_bias", "dpair_out", "workspace", "stream"),
 )
-_ROW_STRIDES = ("q_stride", "k_stride", "v_stride", "d_o_stride")
+_ROW_STRIDES = ("q_stride", "k_stride", "v_stride", "gate_stride", "d_o_stride")
 _STRIDES = ("mask_stride_b", "mask_stride_n", "mask_stride_k", "pair_stride_b", "pair_stride_h", "pair_stride_q")
 _INTS = (
     *("batch", "rows", "q_len", "k_len", "heads", "head_dim", "dtype", "mask_dtype", "pair_dtype"),
@@ -43,7 +43,10 @@ class BiasLayout(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """All that a call passes but the addresses. v has the shape of k, and both have the dtype of q."""
+    """All that a call passes but the addresses.
+
+    v has the shape of k, the gate that of q, and all three have the dtype of q.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -54,11 +57,18 @@ class Layout(NamedTuple):
     v_stride: tuple[int, ...]
     mask: BiasLayout | None
     pair: BiasLayout | None
+    gate_stride: tuple[int, ...] | None
     softmax_scale: float
 
 
 def layout_of(
-    q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_bias: Tensor | None,
+    pair_bias: Tensor | None,
+    gate: Tensor | None,
+    softmax_scale: float,
 ) -> Layout:
     return Layout(
         q.device,
@@ -70,6 +80,7 @@ def layout_of(
         v.stride(),
         None if mask_bias is None else BiasLayout(mask_bias.shape, mask_bias.stride(), mask_bias.dtype),
         None if pair_bias is None else BiasLayout(pair_bias.shape, pair_bias.stride(), pair_bias.dtype),
+        None if gate is None else gate.stride(),
         softmax_scale,
     )
 
@@ -99,6 +110,8 @@ def make_params(layout: Layout) -> Params:
         params.pair_dtype = _DTYPE_CODES[layout.pair.dtype]
         params.pair_batch, _, params.pair_heads = layout.pair.shape[:3]
         params.pair_stride_b, _, params.pair_stride_h, params.pair_stride_q, _ = layout.pair.stride
+    if layout.gate_stride is not None:
+        params.gate_stride = RowStrides(*layout.gate_stride[:4])
     return params
 
 
@@ -107,7 +120,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def with_addresses(template: Params, q, k, v, mask_bias, pair_bias, o, lse) -> Params:
+def with_addresses(template: Params, q, k, v, mask_bias, pair_bias, gate, o, lse) -> Params:
     """A copy of its own for each call: threads may call at once."""
     params = Params.from_buffer_copy(template)
     params.q = q.data_ptr()
@@ -119,4 +132,6 @@ def with_addresses(template: Params, q, k, v, mask_bias, pair_bias, o, lse) -> P
         params.mask_bias = mask_bias.data_ptr()
     if pair_bias is not None:
         params.pair_bias = pair_bias.data_ptr()
+    if gate is not None:
+        params.gate = gate.data_ptr()
     return params

@@ -6,11 +6,13 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+_TRUE_FP32 = ("none", "ieee")
+
 
 def own_precision(device_type: str):
     """A context without autocast (backward() may run inside it) and without TF32 or bf16 for fp32 products."""
     matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
-    if matmul.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(device_type):
+    if matmul.fp32_precision in _TRUE_FP32 and not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return _enforced_precision(device_type, matmul)
 
@@ -18,11 +20,23 @@ def own_precision(device_type: str):
 @contextmanager
 def _enforced_precision(device_type: str, matmul):
     allowed = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
+    if allowed not in _TRUE_FP32:
+        matmul.fp32_precision = "ieee"
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
+        if allowed not in _TRUE_FP32:
+            _restore(matmul, allowed)
+
+
+def _restore(matmul, allowed: str) -> None:
+    """Inherits `allowed` from torch.backends or the backend where that gives it, so that a later change there counts.
+
+    torch does not tell an inherited value from an own one; one that equals the inherited is taken for inherited.
+    """
+    matmul.fp32_precision = "none"
+    if matmul.fp32_precision != allowed:
         matmul.fp32_precision = allowed
 
 

@@ -83,8 +83,24 @@ def without_repeats(tensor: Tensor, axes: Iterable[int]) -> Tensor:
     return _WithoutRepeats.apply(tensor, repeated) if repeated else tensor
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None) -> None:
+def _check_gate(gate: Tensor, q: Tensor) -> None:
+    _require_tensor("gate", gate)
+    if gate.shape != q.shape:
+        raise ValueError(f"gate must have the shape of q = {list(q.shape)}, got {list(gate.shape)}")
+    if gate.dtype != q.dtype:
+        raise ValueError(f"gate must have the dtype of q = {q.dtype}, got {gate.dtype}")
+    if gate.device != q.device:
+        raise ValueError(f"gate must be on the device of q = {q.device}, got {gate.device}")
+    if gate.shape[-1] > 1 and gate.stride(-1) != 1:
+        raise ValueError(f"gate must have stride 1 along its last axis, got strides {list(gate.stride())}")
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, gate: Tensor | None
+) -> None:
     _check_qkv(q, k, v)
+    if gate is not None:
+        _check_gate(gate, q)
     batch, rows, q_len, heads, _ = q.shape
     k_len = k.shape[2]
     if mask_bias is not None:
@@ -101,12 +117,15 @@ _canonical: set[tuple] = set()
 _MAX_FORMS = 4096
 
 
-def _form_of(q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None) -> tuple:
+def _form_of(
+    q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, gate: Tensor | None
+) -> tuple:
     """Everything that `_check` and `without_repeats` look at. For plain tensors: symbolic sizes have no hash."""
     return (
         *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
         None if mask_bias is None else (mask_bias.shape, mask_bias.dtype, mask_bias.device),
         None if pair_bias is None else (pair_bias.shape, pair_bias.dtype, pair_bias.device, pair_bias.stride()),
+        None if gate is None else (gate.shape, gate.dtype, gate.device, gate.stride()),
     )
 
 
@@ -116,34 +135,34 @@ def _remember(form: tuple) -> None:
     _canonical.add(form)
 
 
-def _under_autocast(q, k, v, mask_bias, pair_bias):
-    """q, k, v in the autocast dtype; a bias that is then neither of that dtype nor fp32 follows. fp64 stays."""
+def _under_autocast(q, k, v, mask_bias, pair_bias, gate):
+    """q, k, v, gate in the autocast dtype; a bias that is then neither of that dtype nor fp32 follows. fp64 stays."""
     device_type = q.device.type
     if not torch.is_autocast_enabled(device_type):
-        return q, k, v, mask_bias, pair_bias
+        return q, k, v, mask_bias, pair_bias, gate
     dtype = torch.get_autocast_dtype(device_type)
 
     def cast(x, kept=()):
         return x.to(dtype) if isinstance(x, Tensor) and x.dtype in AUTOCAST_DTYPES and x.dtype not in kept else x
 
     fp32 = (torch.float32,)
-    return cast(q), cast(k), cast(v), cast(mask_bias, fp32), cast(pair_bias, fp32)
+    return cast(q), cast(k), cast(v), cast(mask_bias, fp32), cast(pair_bias, fp32), cast(gate)
 
 
-def _rows_as_batch(q, k, v, mask_bias, pair_bias, *rest):
+def _rows_as_batch(q, k, v, mask_bias, pair_bias, gate, *rest):
     """A pair bias [B|1, N, H, Lq, Lk] that differs from row to row: rows become batch entries with their own bias."""
     batch, rows = q.shape[:2]
     if pair_bias.shape[0] == 1:  # [N, B, ...]: views only
         q, k, v, pair_bias = (x.transpose(0, 1) for x in (q, k, v, pair_bias))
-        mask_bias = None if mask_bias is None else mask_bias.transpose(0, 1)
-        o = evoformer_attn(q, k, v, mask_bias, pair_bias, *rest)
+        mask_bias, gate = (None if x is None else x.transpose(0, 1) for x in (mask_bias, gate))
+        o = evoformer_attn(q, k, v, mask_bias, pair_bias, gate, *rest)
         return o.transpose(0, 1).contiguous()
 
     def fold(x):  # [B*N, 1, ...]
         return x.expand(batch, rows, *x.shape[2:]).reshape(batch * rows, 1, *x.shape[2:])
 
-    mask_bias = None if mask_bias is None else fold(mask_bias)
-    o = evoformer_attn(fold(q), fold(k), fold(v), mask_bias, fold(pair_bias), *rest)
+    mask_bias, gate = (None if x is None else fold(x) for x in (mask_bias, gate))
+    o = evoformer_attn(fold(q), fold(k), fold(v), mask_bias, fold(pair_bias), gate, *rest)
     return o.view(batch, rows, *o.shape[2:])
 
 
@@ -154,12 +173,14 @@ def evoformer_attention(
     *,
     mask_bias: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    gate: Tensor | None = None,
     softmax_scale: float | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """Attention over L with two broadcast biases, as used in the Evoformer.
+    """Attention over L with two broadcast biases and a gate on the output, as used in the Evoformer.
 
-    o = softmax(softmax_scale * q k^T + mask_bias + pair_bias) v, independently for each batch, row and head.
+    o = sigmoid(gate) * softmax(softmax_scale * q k^T + mask_bias + pair_bias) v, independently for each batch, row and
+    head.
 
     Axes: B batch, N rows, L attended length (Lq queries, Lk keys), H heads, D head dim.
 
@@ -171,6 +192,9 @@ def evoformer_attention(
         pair_bias: [B, 1, H, Lq, Lk], dtype of q or fp32. Shared by all rows; its gradient is summed over N in fp32.
             B and H may be 1 (shared over samples, heads). [B, N, H, Lq, Lk] is taken too, each row with its own bias.
             A view expanded along B, N or H costs what the tensor behind it costs.
+        gate: [B, N, Lq, H, D], dtype of q: what the output is multiplied by, before its sigmoid. Any strides, the last
+            axis contiguous. Without one o is not multiplied. The backward pass keeps the gate and the gated output, no
+            ungated one.
         softmax_scale: multiplies q k^T. Default: D ** -0.5.
         implementation: "sm90", "sm80", "tiled", "reference", or None for the fastest supported here (never
             "reference"); the first choice of a kind is logged at level INFO by "deepspeed_ds4sci".
@@ -181,21 +205,22 @@ def evoformer_attention(
         zero gradients. Gradients are bit-identical from run to run; second derivatives go through "reference".
 
     Raises:
-        ValueError: a shape, dtype or device does not match; the message gives argument, expected, got.
+        ValueError: a shape, dtype, device or stride does not match; the message gives argument, expected, got.
         NotImplementedError: D > 128, or the named implementation does not support this device, dtype or size.
 
     Source: Jumper et al. 2021, Supplementary Algorithms 7, 8, 13, 14.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _require_tensor(name, x)
-    direct = is_unobserved(q, k, v, mask_bias, pair_bias)
-    form = _form_of(q, k, v, mask_bias, pair_bias) if direct and not torch.is_autocast_enabled(q.device.type) else None
+    direct = is_unobserved(q, k, v, mask_bias, pair_bias, gate)
+    known = direct and not torch.is_autocast_enabled(q.device.type)
+    form = _form_of(q, k, v, mask_bias, pair_bias, gate) if known else None
     if form is None or form not in _canonical:
-        q, k, v, mask_bias, given = _under_autocast(q, k, v, mask_bias, pair_bias)
-        _check(q, k, v, mask_bias, given)
+        q, k, v, mask_bias, given, gate = _under_autocast(q, k, v, mask_bias, pair_bias, gate)
+        _check(q, k, v, mask_bias, given, gate)
         pair_bias = None if given is None else without_repeats(given, (0, 1, 2))
         if form is not None and pair_bias is given:
             _remember(form)
     softmax_scale = (max(q.shape[-1], 1) ** -0.5) if softmax_scale is None else float(softmax_scale)
     attend = evoformer_attn if pair_bias is None or pair_bias.shape[1] == 1 else _rows_as_batch
-    return attend(q, k, v, mask_bias, pair_bias, softmax_scale, implementation, direct)
+    return attend(q, k, v, mask_bias, pair_bias, gate, softmax_scale, implementation, direct)

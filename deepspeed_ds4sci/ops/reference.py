@@ -85,9 +85,15 @@ def softmax_and_lse(
 
 
 def attention_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, mask_bias: Tensor | None, pair_bias: Tensor | None, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_bias: Tensor | None,
+    pair_bias: Tensor | None,
+    gate: Tensor | None,
+    softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """o = softmax(softmax_scale * q k^T + mask_bias + pair_bias) v, and the log of the softmax sum.
+    """o = sigmoid(gate) * softmax(softmax_scale * q k^T + mask_bias + pair_bias) v, and the log of the softmax sum.
 
     A key is dropped if either bias is -inf there. A row with no key left gives 0 and has gradient 0.
 
@@ -95,6 +101,7 @@ def attention_and_lse(
         q: [B, N, Lq, H, D]; k, v: [B, N, Lk, H, D]; any float dtype, any strides. Lk >= 1.
         mask_bias: [B|1, N|1, 1, 1, Lk], float (added) or bool (True = keep).
         pair_bias: [B|1, N|1, H|1, Lq, Lk], float.
+        gate: [B, N, Lq, H, D], float; None: o is not multiplied.
         softmax_scale: multiplies q k^T.
 
     Returns:
@@ -103,6 +110,8 @@ def attention_and_lse(
     """
     weights, lse = softmax_and_lse(q, k, mask_bias, pair_bias, softmax_scale)
     o = weights @ v.to(weights.dtype).transpose(2, 3)
+    if gate is not None:
+        o = o * torch.sigmoid(gate.to(weights.dtype)).transpose(2, 3)
     return o.transpose(2, 3).to(q.dtype).contiguous(), lse
 
 
@@ -113,11 +122,12 @@ def evoformer_attention_reference(
     *,
     mask_bias: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    gate: Tensor | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:
     """`attention_and_lse` with the signature of the public op: o [B, N, Lq, H, D]."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return attention_and_lse(q, k, v, mask_bias, pair_bias, scale)[0]
+    return attention_and_lse(q, k, v, mask_bias, pair_bias, gate, scale)[0]
 
 
 def _in_graph(tensor: Tensor | None, wanted: bool) -> Tensor | None:
@@ -132,14 +142,19 @@ def reference_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `attention_and_lse`, written out: dS = P * (dP - rowsum(P * dP)) with P the weights, dP = do v^T.
 
+    With a gate of sigmoid s, do * s takes the place of do, and the gate's gradient is do * (P v) * s * (1 - s).
+
     Args:
         do: [B, N, Lq, H, D], the gradient of o.
-        inputs: (q, k, v, mask_bias, pair_bias) as for `attention_and_lse`.
-        wanted: which of the five gradients to compute; the others are None.
+        inputs: (q, k, v, mask_bias, pair_bias, gate) as for `attention_and_lse`.
+        wanted: which of the six gradients to compute; the others are None.
     """
-    q, k, v, mask_bias, pair_bias = inputs
+    q, k, v, mask_bias, pair_bias, gate = inputs
     weights, _ = softmax_and_lse(q, k, mask_bias, pair_bias, softmax_scale)  # [B, N, H, Lq, Lk]
     queries, keys, values, do = (x.to(weights.dtype).transpose(2, 3) for x in (q, k, v, do))  # [B, N, H, L, D]
+    if gate is not None:
+        dgated, opened = do, torch.sigmoid(gate.to(weights.dtype)).transpose(2, 3)
+        do = do * opened
     dweights = do @ values.transpose(-1, -2)
     dlogits = weights * (dweights - (weights * dweights).sum(dim=-1, keepdim=True))
     formulas = (
@@ -148,6 +163,7 @@ def reference_gradients(
         lambda: (weights.transpose(-1, -2) @ do).transpose(2, 3),
         lambda: dlogits.sum_to_size(mask_bias.shape),
         lambda: dlogits.sum_to_size(pair_bias.shape),
+        lambda: (dgated * (weights @ values) * opened * (1 - opened)).transpose(2, 3),
     )
     return tuple(
         formula().to(x.dtype).contiguous() if w else None
@@ -162,12 +178,12 @@ def reference_second_gradients(
     softmax_scale: float,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of <cotangents, (dq, dk, dv, dmask_bias, dpair_bias)> with respect to do and the five inputs.
+    """Gradients of <cotangents, (dq, dk, dv, dmask_bias, dpair_bias, dgate)> with respect to do and the six inputs.
 
     Args:
         cotangents: one tensor or None for each first gradient, in the order above.
         do, inputs, softmax_scale: as for `reference_gradients`.
-        needed: six bools, for do, q, k, v, mask_bias, pair_bias; the others are None.
+        needed: seven bools, for do, q, k, v, mask_bias, pair_bias, gate; the others are None.
     """
     differentiate_again = torch.is_grad_enabled()
     used = tuple(cotangent is not None for cotangent in cotangents)
@@ -199,14 +215,14 @@ class ReferenceImplementation:
         return None
 
     @in_own_precision
-    def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
+    def forward(self, q, k, v, mask_bias, pair_bias, gate, softmax_scale):
         with torch.no_grad():
-            o, lse = attention_and_lse(q, k, v, mask_bias, pair_bias, softmax_scale)
+            o, lse = attention_and_lse(q, k, v, mask_bias, pair_bias, gate, softmax_scale)
         return o, lse.to(lse_dtype(q))
 
     @in_own_precision
-    def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
-        return reference_gradients(do, (q, k, v, mask_bias, pair_bias), softmax_scale, wanted)
+    def backward(self, do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted):
+        return reference_gradients(do, (q, k, v, mask_bias, pair_bias, gate), softmax_scale, wanted)
 
 
 REFERENCE = ReferenceImplementation()

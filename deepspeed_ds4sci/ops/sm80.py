@@ -3,6 +3,7 @@
 
 import torch
 
+from ._dispatch import Missing
 from ._extension import extension, missing_reason
 
 MIN_CAPABILITY = (8, 0)
@@ -29,13 +30,14 @@ class _SM80:
         blocks = -(-longest // _SMALLEST_TILE) * problem.heads * problem.batch * problem.rows
         if blocks > _MAX_BLOCKS:
             return f"takes up to {_MAX_BLOCKS} thread blocks, {blocks} needed"
-        return missing_reason(self.name)
+        missing = missing_reason(self.name)
+        return None if missing is None else Missing(missing)
 
-    def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
-        return extension().forward(q, k, v, mask_bias, pair_bias, softmax_scale)
+    def forward(self, q, k, v, mask_bias, pair_bias, gate, softmax_scale):
+        return extension().forward(q, k, v, mask_bias, pair_bias, gate, softmax_scale)
 
-    def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
-        return extension().backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted)
+    def backward(self, do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted):
+        return extension().backward(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted)
 
 
 SM80 = _SM80()

@@ -3,6 +3,7 @@
 
 import torch
 
+from ._dispatch import Missing
 from ._extension import extension, missing_reason
 
 CAPABILITY = (9, 0)  # the kernels are compiled for sm_90a, which runs nowhere else
@@ -45,13 +46,14 @@ class _SM90:
         items = _work_items(problem)
         if items > _MAX_ITEMS:
             return f"takes up to {_MAX_ITEMS} work items, {items} needed"
-        return missing_reason(self.name)
+        missing = missing_reason(self.name)
+        return None if missing is None else Missing(missing)
 
-    def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
-        return extension().forward(q, k, v, mask_bias, pair_bias, softmax_scale, self.name)
+    def forward(self, q, k, v, mask_bias, pair_bias, gate, softmax_scale):
+        return extension().forward(q, k, v, mask_bias, pair_bias, gate, softmax_scale, self.name)
 
-    def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
-        return extension().backward(do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted, self.name)
+    def backward(self, do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted):
+        return extension().backward(do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted, self.name)
 
 
 SM90 = _SM90()

@@ -148,12 +148,24 @@ def _gather(out: Tensor, x: Tensor, scale: float | None = None) -> None:
         view.mul_(scale)
 
 
-def _scatter(out: Tensor, x: Tensor, scale: float | None = None) -> None:
-    """x [G, L, D], times `scale` -> out [b, n, L, H, D]."""
+def _scatter(out: Tensor, x: Tensor, scale: float | None = None, factor: Tensor | None = None) -> None:
+    """x [G, L, D], times `scale` and `factor` [b, n, L, H, D] -> out [b, n, L, H, D]."""
     batch, rows, length, heads, head_dim = out.shape
     if scale is not None:
         x.mul_(scale)
-    out.copy_(x.view(batch, rows, heads, length, head_dim).transpose(2, 3))
+    x = x.view(batch, rows, heads, length, head_dim).transpose(2, 3)
+    if factor is None:
+        out.copy_(x)
+    else:
+        torch.mul(x, factor, out=out)
+
+
+def _opened(scratch: _Scratch, gate: Tensor | None) -> Tensor | None:
+    """sigmoid(gate) of gate [b, n, L, H, D], which stays in the layout of tables: nothing is transposed for it."""
+    if gate is None:
+        return None
+    opened = scratch.take("gate", *gate.shape)
+    return torch.sigmoid(gate.to(opened.dtype), out=opened)
 
 
 def _gather_operands(scratch: _Scratch, q: Tensor, k: Tensor, mask: Tensor | None, softmax_scale: float):
@@ -189,8 +201,8 @@ def _exp_(x: Tensor) -> Tensor:
     return x.mul_(LOG2_E).exp2_()
 
 
-def _forward_group(part, b, softmax_scale, mask, q, k, v, o, lse):
-    """One group of rows: q, k, v, o [b, n, L, H, D], mask [b, n, Lk], lse [b, n, H, Lq]; writes o and lse."""
+def _forward_group(part, b, softmax_scale, mask, q, k, v, gate, o, lse):
+    """One group of rows: q, k, v, gate, o [b, n, L, H, D], mask [b, n, Lk], lse [b, n, H, Lq]; writes o and lse."""
     scratch, tiling, pair = part.scratch, part.tiling, part.pair
     batch, rows, _, heads, head_dim = q.shape
     lead, group = (batch, rows, heads), batch * rows * heads
@@ -218,7 +230,8 @@ def _forward_group(part, b, softmax_scale, mask, q, k, v, o, lse):
         empty = total == 0
         row_lse = (maximum + total.to(lse.dtype).log()).masked_fill_(empty, math.inf)
         lse[:, :, :, i] = row_lse.view(*lead, length)
-        _scatter(o[:, :, i], acc.div_(total.add_(empty)))
+        opened = _opened(scratch, None if gate is None else gate[:, :, i])
+        _scatter(o[:, :, i], acc.div_(total.add_(empty)), factor=opened)
 
 
 def _accumulate(tiles: dict, scratch: _Scratch, name: str, index: slice, left: Tensor, right: Tensor) -> None:
@@ -238,8 +251,22 @@ def _split_lse(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rounded, rest.masked_fill_(rounded == math.inf, 0.0).to(dtype)
 
 
-def _backward_group(part, b, softmax_scale, mask, q, k, v, do, o, dq, dk, dv, lse, dmask, dpair):
-    """One group, as in `_forward_group`. Writes dq, dk, dv; adds to dmask [b, n, Lk] and dpair. None: unwanted."""
+def _gather_gated(scratch: _Scratch, douts: Tensor, do: Tensor, o: Tensor, opened: Tensor, dgate: Tensor | None):
+    """[do * opened, -delta] -> douts [G, L, D + 1] for do, o, opened [b, n, L, H, D]; writes dgate unless unwanted.
+
+    The gated o and its gradient are enough: their product is that of the ungated ones, so delta is the same.
+    """
+    batch, rows, length, heads, head_dim = do.shape
+    view = douts.view(batch, rows, heads, length, -1)
+    products = torch.mul(do.to(opened.dtype), o, out=scratch.take("products", *do.shape))
+    torch.neg(products.sum(dim=-1).transpose(2, 3), out=view[..., head_dim])
+    torch.mul(do.transpose(2, 3), opened.transpose(2, 3), out=view[..., :head_dim])
+    if dgate is not None:
+        torch.addcmul(products, products, opened, value=-1.0, out=dgate)  # do * o * (1 - opened)
+
+
+def _backward_group(part, b, softmax_scale, mask, q, k, v, gate, do, o, dq, dk, dv, dgate, lse, dmask, dpair):
+    """One group, as in `_forward_group`. Writes dq, dk, dv, dgate, adds to dmask [b, n, Lk], dpair; None: unwanted."""
     scratch, tiling, pair = part.scratch, part.tiling, part.pair
     batch, rows, q_len, heads, head_dim = q.shape
     lead, group = (batch, rows, heads), batch * rows * heads
@@ -248,10 +275,13 @@ def _backward_group(part, b, softmax_scale, mask, q, k, v, do, o, dq, dk, dv, ls
     _gather(values, v)
     values[..., head_dim] = 1.0
     douts = scratch.take("do", group, q_len, head_dim + 1)
-    _gather(douts, do)
-    products = scratch.take("products", group, q_len, head_dim)
-    _gather(products, o)
-    torch.neg(products.mul_(douts[..., :head_dim]).sum(dim=-1), out=douts[..., head_dim])
+    if gate is None:
+        _gather(douts, do)
+        products = scratch.take("products", group, q_len, head_dim)
+        _gather(products, o)
+        torch.neg(products.mul_(douts[..., :head_dim]).sum(dim=-1), out=douts[..., head_dim])
+    else:
+        _gather_gated(scratch, douts, do, o, _opened(scratch, gate), dgate)
     row_lse, factor = _split_lse(lse.reshape(group, q_len, 1), douts.dtype)
     douts.mul_(factor)  # all gradients are linear in [do, -delta], so the weights need not be touched
     need_dlogits = any(x is not None for x in (dq, dk, dmask, dpair))
@@ -343,12 +373,12 @@ class TiledImplementation:
         return None
 
     @in_own_precision
-    def forward(self, q, k, v, mask_bias, pair_bias, softmax_scale):
+    def forward(self, q, k, v, mask_bias, pair_bias, gate, softmax_scale):
         batch, rows, q_len, heads, _ = q.shape
         o = q.new_empty(q.shape)
         lse = q.new_empty((batch, rows, heads, q_len), dtype=lse_dtype(q))
         call = _Call(q, mask_bias, pair_bias)
-        *operands, lse_rows = call.fold(q, k, v, o, lse)
+        *operands, lse_rows = call.fold(q, k, v, gate, o, lse)
         parts = call.head_parts(q, k)
 
         def work(heads: slice) -> None:
@@ -361,11 +391,12 @@ class TiledImplementation:
         return o, lse
 
     @in_own_precision
-    def backward(self, do, q, k, v, mask_bias, pair_bias, o, lse, softmax_scale, wanted):
+    def backward(self, do, q, k, v, mask_bias, pair_bias, gate, o, lse, softmax_scale, wanted):
         call = _Call(q, mask_bias, pair_bias)
         dqkv = tuple(q.new_empty(x.shape) if w else None for x, w in zip((q, k, v), wanted[:3], strict=True))
+        dgate = q.new_empty(q.shape) if wanted[5] else None
         dpair = q.new_zeros(pair_bias.shape, dtype=call.dtype) if wanted[4] else None
-        *operands, lse_rows = call.fold(q, k, v, do, o, *dqkv, lse)
+        *operands, lse_rows = call.fold(q, k, v, gate, do, o, *dqkv, dgate, lse)
         parts = call.head_parts(q, k)
 
         def work(heads: slice) -> Tensor | None:
@@ -382,7 +413,7 @@ class TiledImplementation:
         if wanted[3]:
             dmask = torch.stack(dmask_parts).sum(dim=0).view(*q.shape[:2], 1, 1, -1)
             dmask = dmask.sum_to_size(mask_bias.shape).to(mask_bias.dtype)
-        return (*dqkv, dmask, None if dpair is None else dpair.to(pair_bias.dtype))
+        return (*dqkv, dmask, None if dpair is None else dpair.to(pair_bias.dtype), dgate)
 
 
 TILED = TiledImplementation()

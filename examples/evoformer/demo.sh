@@ -3,7 +3,7 @@
 # Trains the small Evoformer on what this machine has: its GPUs, else two CPU processes. The run is cut off shortly
 # before its end and resumed from its checkpoint. Needs `python` and `deepspeed` on PATH; `make demo` sees to that.
 #
-#   DS4SCI_DEMO_STEPS=20     a short run that need not beat the column profile
+#   DS4SCI_DEMO_STEPS=20     a short run of 2 or more steps that need not beat the column profile
 #   DS4SCI_DEMO_OUTPUT=DIR   where log, plot and checkpoints go; an earlier log there is replaced
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -13,6 +13,10 @@ output=${DS4SCI_DEMO_OUTPUT:-runs/demo}
 options=()
 if [ -n "${DS4SCI_DEMO_STEPS:-}" ]; then
     steps=$DS4SCI_DEMO_STEPS
+    if ! [[ $steps =~ ^[1-9][0-9]*$ ]] || [ "$steps" -lt 2 ]; then
+        echo "demo: DS4SCI_DEMO_STEPS must be a whole number from 2 on (one step before the cut, one after it), got $steps" >&2
+        exit 1
+    fi
     options+=(--eval-every "$steps")
 else
     steps=800

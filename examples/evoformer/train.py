@@ -78,9 +78,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--require-beat-profile", action="store_true", help="exit with 1 unless the model beats the column profile")
     args = parser.parse_args(argv)
-    for name in ("steps", "eval_every", "checkpoint_every", "max_sequences"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("steps", "stop_after", "eval_every", "checkpoint_every", "max_sequences"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     args.alignment = str(Path(args.alignment).resolve())
     return args
 
@@ -149,7 +150,7 @@ def train(args: argparse.Namespace) -> HeldOutResult | None:
     engine, *_ = deepspeed.initialize(model=model, config=load_config(args.config, args.steps))
     run = {name: getattr(args, name) for name in RUN_ARGUMENTS} | {"world_size": world_size}
     start = resume(engine, args.output, run)["step"] if args.resume else 0
-    stop = min(args.steps, args.stop_after or args.steps)
+    stop = args.steps if args.stop_after is None else min(args.steps, args.stop_after)
     log_path, plot_path, checkpoints = (args.output / name for name in ("log.jsonl", "plot.png", "checkpoints"))
     if rank == 0:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
 # run is cut off shortly before its end and resumed from its checkpoint. Needs `python` and `deepspeed` on PATH;
 # `make demo` sees to that.
 #
-#   DS4SCI_DEMO_STEPS=20            a short run that need not beat the Markov model
+#   DS4SCI_DEMO_STEPS=20            a short run of 2 or more steps that need not beat the Markov model
 #   DS4SCI_GENSLM_DEMO_OUTPUT=DIR   where log, plots and checkpoints go; an earlier log there is replaced
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -14,6 +14,10 @@ output=${DS4SCI_GENSLM_DEMO_OUTPUT:-runs/demo}
 options=()
 if [ -n "${DS4SCI_DEMO_STEPS:-}" ]; then
     steps=$DS4SCI_DEMO_STEPS
+    if ! [[ $steps =~ ^[1-9][0-9]*$ ]] || [ "$steps" -lt 2 ]; then
+        echo "demo: DS4SCI_DEMO_STEPS must be a whole number from 2 on (one step before the cut, one after it), got $steps" >&2
+        exit 1
+    fi
     options+=(--eval-every "$steps")
 else
     steps=200

@@ -75,9 +75,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="exit with 1 unless the model beats the order-2 Markov model",
     )
     args = parser.parse_args(argv)
-    for name in ("steps", "eval_every", "checkpoint_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("steps", "stop_after", "eval_every", "checkpoint_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.held_out_every < 2:
         parser.error(f"--held-out-every must be at least 2, got {args.held_out_every}")
     return args
@@ -179,7 +180,7 @@ def train(args: argparse.Namespace) -> HeldOutResult | None:
         state = resume(engine, args.output, run)
         start = state["step"]
         dataset.load_state_dict(state["data"])
-    stop = min(args.steps, args.stop_after or args.steps)
+    stop = args.steps if args.stop_after is None else min(args.steps, args.stop_after)
     held_out = HeldOut(args.genomes, data)
     title = f"{args.model}, {parameters:,} parameters, {args.context} {args.tokens}s; " + ", ".join(
         genome_name(path) for path in args.genomes[:5]

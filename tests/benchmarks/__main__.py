@@ -4,6 +4,7 @@
     python -m tests.benchmarks                                       # the shapes with timing bars, every peer
     python -m tests.benchmarks --shapes triangle-512,msa-row --peers flex,deepspeed
     python -m tests.benchmarks --shapes uses --impl default,sm80,sm90
+    python -m tests.benchmarks --gate                                # the output's gate in the op, and apart from it
     python -m tests.benchmarks --shapes lengths,tails --passes fwd --mask none --json out.json --plot out.png
     python -m tests.benchmarks --device cpu --quick
 
@@ -78,6 +79,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", help=f"with commas, of {', '.join(DTYPES)} (default: bf16; on the CPU fp32)")
     add("--mask", choices=("random", "none"), default="random", help="random: a constant mask of 10%% of the keys")
     add("--pair-grad", action=flag, default=True, help="gradient of the pair bias")
+    add("--gate", action="store_true", help="ours alone: the output times a sigmoid, fused and apart")
     add("--graph", action="store_true", help="small shapes also as CUDA-graph replay, on lines of their own")
     add("--memory", action=flag, default=True, help="peak memory of each pass")
     add("--min-ms", type=float, help="milliseconds of repetitions (default 200; 20 with --quick)")
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     default_shapes = QUICK[options.device] if options.quick else "small" if on_cpu else "bars"
     try:
         shapes = chosen_shapes(options.shapes or default_shapes)
-        peers = chosen_peers(options.peers, ["eager", "sdpa"] if on_cpu else list(PEERS))
+        peers = chosen_peers(options.peers, [] if options.gate else ["eager", "sdpa"] if on_cpu else list(PEERS))
         passes = chosen_passes(options.passes)
         dtypes = (options.dtype or ("fp32" if on_cpu else "bf16")).split(",")
         if not set(dtypes) <= set(DTYPES):
@@ -130,8 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
         memory=options.memory and not on_cpu,
         graph_logits=SMALL_LOGITS if options.graph else 0,
     )
-    ours = [Ours(None if name == "default" else name) for name in options.impl.split(",")]
-    cases = [Case.of(shape, dtype, options.mask, options.pair_grad) for dtype in dtypes for shape in shapes]
+    named = [None if name == "default" else name for name in options.impl.split(",")]
+    ours = [Ours(name, fuses_gate) for name in named for fuses_gate in ([True, False] if options.gate else [True])]
+    variant = (options.mask, options.pair_grad, options.gate)
+    cases = [Case.of(shape, dtype, *variant) for dtype in dtypes for shape in shapes]
     about = record.machine(device, arguments)
     bench = Bench(device, clock_for(device), settings)
 
@@ -154,7 +158,8 @@ def report(made: dict, options: argparse.Namespace) -> None:
     """Prints the machine, the tables, and why figures are missing."""
     flushed = ", L2 flushed" if made["settings"]["l2_flushed"] else ""
     print(f"{record.machine_line(made['machine'])} | medians of >= {made['settings']['min_ms']:g} ms{flushed}")
-    print(f"mask {options.mask}, pair-bias gradient {'on' if options.pair_grad else 'off'}; (x): times ours\n")
+    gate = "; gate of the output" if options.gate else ""
+    print(f"mask {options.mask}, pair-bias gradient {'on' if options.pair_grad else 'off'}{gate}; (x): times ours\n")
     print(table.render(made))
     memory = table.render_memory(made)
     if memory:

@@ -33,11 +33,12 @@ class Case:
     dtype: str = "bf16"
     mask: str = "random"  # or "none"
     pair_grad: bool = True
+    gate: bool = False  # the output is multiplied by the sigmoid of a tensor of its shape
 
     @classmethod
-    def of(cls, shape: AttentionShape, dtype: str, mask: str, pair_grad: bool) -> "Case":
+    def of(cls, shape: AttentionShape, dtype: str, mask: str, pair_grad: bool, gate: bool = False) -> "Case":
         sizes = (shape.batch, shape.rows, shape.q_len, shape.k_len, shape.heads, shape.head_dim)
-        return cls(shape.name, *sizes, shape.pair, shape.shared_pair, shape.source, dtype, mask, pair_grad)
+        return cls(shape.name, *sizes, shape.pair, shape.shared_pair, shape.source, dtype, mask, pair_grad, gate)
 
     @property
     def logits(self) -> int:
@@ -59,7 +60,8 @@ class Inputs:
     """Canonical tensors of a case; a peer copies them into its own layout.
 
     q [B, N, Lq, H, D]; k, v [B, N, Lk, H, D]; keep: bool [B, N, Lk] or None; pair_bias: [B, 1, H, Lq, Lk] ([1, 1,
-    H, Lq, Lk] where samples share it) or None; do [B, N, Lq, H, D]: the gradient of the output.
+    H, Lq, Lk] where samples share it) or None; do [B, N, Lq, H, D]: the gradient of the output; gate: [B, N, Lq, H, D]
+    or None.
     """
 
     q: Tensor
@@ -68,6 +70,7 @@ class Inputs:
     keep: Tensor | None
     pair_bias: Tensor | None
     do: Tensor
+    gate: Tensor | None = None
 
     def mask_bias(self) -> Tensor | None:
         """[B, N, 1, 1, Lk] in q's dtype: 0 to keep, MASK_VALUE to drop."""
@@ -96,7 +99,8 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     if case.mask == "random":
         keep = torch.rand(batch, rows, case.k_len, generator=generator, device=device) >= DROPPED
         keep[..., 0] = True  # a row without any key means something else to every peer
-    return Inputs(q, k, v, keep, pair_bias, normal(batch, rows, case.q_len, heads, dim))
+    do = normal(batch, rows, case.q_len, heads, dim)
+    return Inputs(q, k, v, keep, pair_bias, do, normal(*do.shape) if case.gate else None)
 
 
 def with_samples_as_rows(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
@@ -107,5 +111,5 @@ def with_samples_as_rows(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
     if not case.shared_pair or case.batch == 1:
         return case, inputs
     q, k, v, do = (x.flatten(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v, inputs.do))
-    keep = None if inputs.keep is None else inputs.keep.flatten(0, 1)[None]
-    return replace(case, batch=1, rows=case.batch * case.rows), Inputs(q, k, v, keep, inputs.pair_bias, do)
+    keep, gate = (None if x is None else x.flatten(0, 1)[None] for x in (inputs.keep, inputs.gate))
+    return replace(case, batch=1, rows=case.batch * case.rows), Inputs(q, k, v, keep, inputs.pair_bias, do, gate)

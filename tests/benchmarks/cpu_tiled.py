@@ -47,7 +47,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {
 
 def forward_backward(way: str, inputs: AttentionInputs) -> tuple[Tensor, ...]:
     o = WAYS[way](inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=inputs.pair_bias)
-    return (o, *torch.autograd.grad(o, inputs.tensors(), inputs.do))
+    return (o, *torch.autograd.grad(o, list(inputs.differentiable().values()), inputs.do))
 
 
 def measure_times(shape: AttentionShape, repeats: int) -> dict[str, list[float]]:

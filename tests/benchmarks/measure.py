@@ -124,7 +124,7 @@ class Bench:
             reason = peer.unavailable_reason(self.device.type)
             if reason is not None:
                 return "missing", reason, None
-            reason = peer.refused_reason(case)
+            reason = "has no gate" if case.gate and not peer.takes_gate else peer.refused_reason(case)
             if reason is not None:
                 return "refused", reason, None
             inputs = make_inputs(case, self.device)

@@ -38,6 +38,7 @@ class Small:
     pair: str = "full"  # "full", "heads" (broadcast over H) or "none"
     bias_dtype: torch.dtype | None = None  # None: that of q
     layout: str = "plain"  # "plain", "ending" (transposed view) or "packed" (slices of one projection)
+    gate: bool = False
     unlucky: bool = False  # the largest pair bias is dropped by the mask: no reference for the softmax
 
 
@@ -58,6 +59,9 @@ VARIANTS = (
     Small(rows=9, q_len=193, k_len=193),
     Small(rows=4, head_dim=64, q_len=130, k_len=200),
     Small(rows=4, unlucky=True),
+    Small(rows=3, q_len=129, gate=True),
+    Small(rows=70, head_dim=24, layout="ending", gate=True),
+    Small(rows=4, head_dim=64, mask="bool", unlucky=True, gate=True),
 )
 
 
@@ -104,12 +108,15 @@ def run(dtype: torch.dtype, small: Small, implementation: str, device: str) -> b
         if small.unlucky:
             pair_bias[..., -1] = 200.0
         pair_bias = pair_bias.to(device, bias_dtype).requires_grad_()
+    gate = torch.randn(q.shape).to(device, dtype).requires_grad_() if small.gate else None
     try:
         choose(problem_of(q, k, pair_bias, small.head_dim**-0.5), implementation)
     except NotImplementedError:
         return False
-    o = evoformer_attention(q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, implementation=implementation)
-    wanted = [x for x in (q, k, v, mask_bias, pair_bias) if x is not None and x.requires_grad]
+    o = evoformer_attention(
+        q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, gate=gate, implementation=implementation
+    )
+    wanted = [x for x in (q, k, v, mask_bias, pair_bias, gate) if x is not None and x.requires_grad]
     results = torch.autograd.grad(o, wanted, torch.randn(o.shape).to(device, dtype))
     for result in (o, *results):
         if not torch.isfinite(result.detach().cpu()).all():

@@ -75,16 +75,22 @@ def test_spread_names_first_and_last():
 
 @pytest.mark.parametrize("shape", [PLAIN, NO_PAIR, SHARED], ids=str)
 @pytest.mark.parametrize("mask", ["random", "none"])
-def test_expectation_equals_autograd_of_the_reference(shape, mask):
-    case, inputs = with_samples_as_rows(case_of(shape, mask=mask), make_inputs(case_of(shape, mask=mask), CPU))
+@pytest.mark.parametrize("gate", [False, True])
+def test_expectation_equals_autograd_of_the_reference(shape, mask, gate):
+    case = case_of(shape, mask=mask, gate=gate)
+    case, inputs = with_samples_as_rows(case, make_inputs(case, CPU))
     expected = expect(case, inputs)
     q, k, v = (x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     keep = None if inputs.keep is None else inputs.keep[:, :, None, None, :]
     pair_bias = None if inputs.pair_bias is None else inputs.pair_bias.double().requires_grad_()
-    o = evoformer_attention_reference(q, k, v, mask_bias=keep, pair_bias=pair_bias)
-    leaves = [x for x in (q, k, v, pair_bias) if x is not None]
+    gates = inputs.gate.double().requires_grad_() if gate else None
+    o = evoformer_attention_reference(q, k, v, mask_bias=keep, pair_bias=pair_bias, gate=gates)
+    leaves = [x for x in (q, k, v, gates, pair_bias) if x is not None]
     dq, dk, dv, *dpair_bias = torch.autograd.grad(o, leaves, inputs.do.double())
-    for actual, whole in ((expected.o, o), (expected.dq, dq), (expected.dk, dk), (expected.dv, dv)):
+    results = [(expected.o, o), (expected.dq, dq), (expected.dk, dk), (expected.dv, dv)]
+    if gate:
+        results.append((expected.dgate, dpair_bias.pop(0)))
+    for actual, whole in results:
         torch.testing.assert_close(actual, whole.flatten(0, 1)[expected.rows].detach(), rtol=1e-9, atol=1e-12)
     if dpair_bias:
         wanted = dpair_bias[0][:, 0][:, :, expected.queries]

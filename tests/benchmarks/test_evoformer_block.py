@@ -45,7 +45,7 @@ def test_eager_and_ours_agree_on_everything(case):
     through_seam = results_by(variants.ours(), case)
     for name, expected in plain.items():
         assert torch.equal(through_seam[name], expected), name
-    for other in (results_by(variants.eager(), case), exact(case)):
+    for other in (results_by(variants.ours_gate_apart(), case), results_by(variants.eager(), case), exact(case)):
         for name, expected in plain.items():
             largest = expected.abs().max().clamp_min(0.1)  # some gradients are 0 in theory: a bias of all keys' logits
             assert (other[name] - expected).abs().max() <= 1e-4 * largest, name
@@ -84,18 +84,26 @@ def test_deepspeed_gets_its_layout(monkeypatch):
     assert max(errors.values()) < 1e-5 and len(gradients) == 4
 
 
-def lost_pair_gradient(q, k, v, keep, pair_bias):
-    return variants.ours()(q, k, v, keep, None if pair_bias is None else pair_bias.detach() + 0 * pair_bias)
+def lost_pair_gradient(q, k, v, keep, pair_bias, gate):
+    return variants.ours()(q, k, v, keep, None if pair_bias is None else pair_bias.detach() + 0 * pair_bias, gate)
 
 
-def without_mask(q, k, v, keep, pair_bias):
-    return variants.ours()(q, k, v, torch.ones_like(keep), pair_bias)
+def without_mask(q, k, v, keep, pair_bias, gate):
+    return variants.ours()(q, k, v, torch.ones_like(keep), pair_bias, gate)
+
+
+def without_gate(q, k, v, keep, pair_bias, gate):
+    return variants.ours()(q, k, v, keep, pair_bias, 0 * gate)
 
 
 @pytest.mark.parametrize(
     ("attend", "named"),
-    [(lost_pair_gradient, r"dtri_att_(start|end)\.linear\.weight 1\.0"), (without_mask, "mha.linear_")],
-    ids=["lost pair gradient", "without mask"],
+    [
+        (lost_pair_gradient, r"dtri_att_(start|end)\.linear\.weight 1\.0"),
+        (without_mask, "mha.linear_"),
+        (without_gate, r"mha\.linear_g\.weight 1\.0"),
+    ],
+    ids=["lost pair gradient", "without mask", "without gate"],
 )
 def test_a_wrong_attention_is_not_timed(attend, named):
     result = bench().measure(PAIR, Variant("bad", lambda: attend))
@@ -113,19 +121,20 @@ def test_attention_alone_runs_on_what_the_block_gives():
     assert shapes == [(1, 18, 24, 2, 8), (1, 24, 18, 2, 8), (1, 24, 24, 2, 8), (1, 24, 24, 2, 8)]
     for tensors, leaves, grad_o in calls:
         assert [x.requires_grad for x in tensors if x is not None] == [True] * 3 + [False] + [True] * (len(leaves) - 3)
+        assert tensors[-1].shape == tensors[0].shape  # the gate
         assert grad_o.shape == tensors[0].shape
     strides = {tensors[0].stride()[1:3] for tensors, _, _ in calls}
     assert (16, 24 * 16) in strides  # the ending node and the columns: views, as in the block
 
 
 def test_peers_that_cannot_run_are_results(monkeypatch):
-    def out_of_memory(q, k, v, keep, pair_bias):
+    def out_of_memory(q, k, v, keep, pair_bias, gate):
         raise torch.OutOfMemoryError("too large")
 
-    def unknown(q, k, v, keep, pair_bias):
+    def unknown(q, k, v, keep, pair_bias, gate):
         raise RuntimeError("no such kernel")
 
-    def endless(q, k, v, keep, pair_bias):
+    def endless(q, k, v, keep, pair_bias, gate):
         time.sleep(30)
 
     measured = bench()
@@ -168,7 +177,7 @@ def test_whole_blocks_are_traced_in_one_graph(monkeypatch):
 
 def test_program(tmp_path, capsys):
     files = {"--json": tmp_path / "new" / "b.json", "--plot": tmp_path / "new" / "b.png"}
-    arguments = ["--device", "cpu", "--tiny", "--min-ms", "0.1", "--peers", "eager,deepspeed,flex"]
+    arguments = ["--device", "cpu", "--tiny", "--min-ms", "0.1", "--peers", "ours-gate-apart,eager,deepspeed,flex"]
     assert program.main([*arguments, *(str(word) for pair in files.items() for word in pair)]) == 0
     out = capsys.readouterr().out
     assert "block       fp32   fwd+bwd" in out and "pair-stack  fp32   fwd+bwd" in out
@@ -176,7 +185,8 @@ def test_program(tmp_path, capsys):
     made = record.read(files["--json"])
     assert made["machine"]["command"].startswith("python -m tests.benchmarks.evoformer_block --device cpu --tiny")
     statuses = {name: {r["status"] for r in by_name.values()} for name, by_name in by_implementation(made).items()}
-    assert statuses == {"ours": {"ok"}, "eager": {"ok"}, "deepspeed": {"missing"}, "flex": {"missing"}}
+    timed, missing = ("ours", "ours-gate-apart", "eager"), ("deepspeed", "flex")
+    assert statuses == {**dict.fromkeys(timed, {"ok"}), **dict.fromkeys(missing, {"missing"})}
     for result in made["results"]:
         if result["status"] == "ok":
             assert result["attention"]["median"] > 0 and result["first_s"] > 0 and len(result["errors"]) == 4
@@ -215,7 +225,7 @@ def test_program_fails_when_ours_is_wrong(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tiny", "--peers", "nosuch"], "--peers takes eager, deepspeed, flex, .*or all; got 'nosuch'"),
+        (["--tiny", "--peers", "nosuch"], "--peers takes ours-gate-apart, eager, .*or all; got 'nosuch'"),
         (["--tiny", "--peers", "ours"], "--peers takes .*; got 'ours'"),
         (["--tiny", "--blocks", "nosuch"], "--blocks takes block, pair-stack or all; got 'nosuch'"),
         (["--tiny", "--limit-s", "0"], "--limit-s must be above 0, got 0"),
@@ -231,5 +241,5 @@ def test_arguments_are_checked(arguments, message, capsys):
 
 def test_the_op_is_back_afterwards():
     with pytest.raises(ValueError, match="implementation must be None .* got 'tiled'"), attention_by(variants.eager()):
-        block_attention.evoformer_attention(1, 2, 3, mask_bias=None, pair_bias=None, implementation="tiled")
+        block_attention.evoformer_attention(1, 2, 3, mask_bias=None, pair_bias=None, gate=4, implementation="tiled")
     assert block_attention.evoformer_attention is PAIR_OP

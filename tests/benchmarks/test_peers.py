@@ -45,6 +45,15 @@ def test_peers_of_the_cpu_are_right(peer, shape, mask):
 
 
 @pytest.mark.parametrize("shape", ALL, ids=str)
+@pytest.mark.parametrize("fuses_gate", [True, False])
+def test_the_gate_is_applied_in_the_op_or_apart(fuses_gate, shape):
+    case = case_of(shape, gate=True)
+    check(Ours("tiled", fuses_gate), case)
+    call = Ours("tiled", fuses_gate).bind(case, make_inputs(case, CPU))
+    assert "gate" in call.leaves and ("Mul" in type(call.forward().grad_fn).__name__) == (not fuses_gate)
+
+
+@pytest.mark.parametrize("shape", ALL, ids=str)
 @pytest.mark.parametrize("mask", ["random", "none"])
 def test_flex_score_functions(monkeypatch, shape, mask):
     def forward_only(q, k, v, score_mod):  # torch has no backward of it on the CPU

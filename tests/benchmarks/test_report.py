@@ -215,6 +215,20 @@ def test_command_line_on_the_cpu(tmp_path, capsys):
     assert files["--plot"].exists()
 
 
+def test_command_line_with_a_gate(tmp_path, capsys):
+    """The op with its gate is the baseline of the op and a gate apart; a peer without one says so."""
+    path = tmp_path / "b.json"
+    arguments = ["--device", "cpu", "--quick", "--min-ms", "0.1", "--gate", "--impl", "tiled", "--json", str(path)]
+    assert main(arguments) == 0
+    assert "; gate of the output; " in capsys.readouterr().out
+    made = record.read(path)
+    assert made["ours"] == ["ours[tiled]", "ours[tiled]-gate-apart"] == table.implementations(made)
+    assert all(entry["status"] == "ok" and entry["case"]["gate"] for entry in made["results"])
+    assert all("dgate" in entry["errors"] for entry in made["results"] if entry["which"] == "fwd+bwd")
+    assert main([*arguments, "--peers", "eager"]) == 0
+    assert "eager: refused, everywhere: has no gate" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [["--shapes", "nosuch"], ["--peers", "nosuch"], ["--dtype", "fp8"]])
 def test_command_line_refuses_unknown_names(arguments, capsys):
     assert main(["--device", "cpu", *arguments]) == 2

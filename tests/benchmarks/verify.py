@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate before the clock: what is timed must be right.
 
-Everything is compared in fp64 on a part of the problem that is cheap at any size: the output and the gradients of q, k
-and v on a few rows, the gradient of the pair bias on a few queries summed over all rows.
+Everything is compared in fp64 on a part of the problem that is cheap at any size: the output and the gradients of q,
+k, v and the output's gate on a few rows, the gradient of the pair bias on a few queries summed over all rows.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ class Expected:
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    dgate: Tensor | None
     dpair_bias: Tensor | None  # [B, H, queries, Lk]
 
 
@@ -50,7 +51,7 @@ def _weights(q: Tensor, k: Tensor, keep: Tensor | None, pair_bias: Tensor | None
 
 
 def _row(inputs: Inputs, case: Case, row: int) -> tuple[Tensor, ...]:
-    """o, dq, dk, dv of one row, [L, H, D] each, one head at a time."""
+    """o, dq, dk, dv, dgate (zeros without a gate) of one row, [L, H, D] each, one head at a time."""
     b, n = divmod(row, case.rows)
     scale = case.head_dim**-0.5
     keep = None if inputs.keep is None else inputs.keep[b, n]
@@ -60,8 +61,12 @@ def _row(inputs: Inputs, case: Case, row: int) -> tuple[Tensor, ...]:
         pair_bias = None if inputs.pair_bias is None else inputs.pair_bias[b, 0, h].double()
         weights = _weights(q, k, keep, pair_bias, scale)
         o = weights @ v
+        dgate, opened = torch.zeros_like(o), 1.0
+        if inputs.gate is not None:
+            opened = torch.sigmoid(inputs.gate[b, n, :, h].double())
+            dgate, do = do * o * opened * (1 - opened), do * opened
         dlogits = weights * (do @ v.T - (do * o).sum(-1, keepdim=True))
-        outputs.append((o, scale * (dlogits @ k), scale * (dlogits.T @ q), weights.T @ do))
+        outputs.append((opened * o, scale * (dlogits @ k), scale * (dlogits.T @ q), weights.T @ do, dgate))
     return tuple(torch.stack(parts, dim=1) for parts in zip(*outputs, strict=True))
 
 
@@ -77,6 +82,8 @@ def _pair_gradient(inputs: Inputs, case: Case, queries: list[int]) -> Tensor:
         for first in range(0, case.rows, chunk):
             part = slice(first, min(first + chunk, case.rows))
             q, do = (x[b, part][:, queries].double().transpose(1, 2) for x in (inputs.q, inputs.do))
+            if inputs.gate is not None:
+                do = do * torch.sigmoid(inputs.gate[b, part][:, queries].double().transpose(1, 2))
             k, v = (x[b, part].double().transpose(1, 2) for x in (inputs.k, inputs.v))
             keep = None if inputs.keep is None else inputs.keep[b, part, None, None, :]
             weights = _weights(q, k, keep, bias, scale)  # [n, H, queries, Lk]
@@ -92,10 +99,10 @@ def expect(case: Case, inputs: Inputs) -> Expected:
     queries = spread(NUM_QUERIES, case.q_len)
     with torch.no_grad():
         parts = [_row(inputs, case, row) for row in rows]
-        o, dq, dk, dv = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+        o, dq, dk, dv, dgate = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
         with_pair = inputs.pair_bias is not None and case.pair_grad
         dpair_bias = _pair_gradient(inputs, case, queries) if with_pair else None
-    return Expected(rows, queries, o, dq, dk, dv, dpair_bias)
+    return Expected(rows, queries, o, dq, dk, dv, dgate if case.gate else None, dpair_bias)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -116,7 +123,7 @@ def run_once(call: Call, backward: bool) -> dict[str, Tensor]:
 
 
 def errors_of(case: Case, call: Call, expected: Expected, backward: bool) -> dict[str, float]:
-    """Relative rms error of each result: "o", and with `backward` "dq", "dk", "dv", "dpair_bias" if it is wanted."""
+    """Relative rms error of each result: "o", and with `backward` "dq", "dk", "dv" and what else the call has."""
     errors = {}
     results = run_once(call, backward)
     for name in list(results):

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ranks of test_engine_checkpoint.py run."""
 
+import json
+import logging
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ ADAMW = {"type": "AdamW", "params": {"lr": 0.02, "eps": 1e-4, "torch_adam": True
 ROWS = 4  # sequences of a step, however many ranks there are
 
 
-def make(stage, size, model="gpt2", table=True, dropout=0.0, mode="ulysses", universal=False):
+def make(stage, size, model="gpt2", table=True, dropout=0.0, mode="ulysses", universal=False, dtype="fp32"):
     """An engine; size 1: without a `ds4sci` block."""
     case = Case(
         model,
@@ -36,6 +39,7 @@ def make(stage, size, model="gpt2", table=True, dropout=0.0, mode="ulysses", uni
     config |= {"train_batch_size": ROWS, "gradient_accumulation_steps": ROWS // dp_size}
     config["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": 0.05}}
     config["checkpoint"] = {"load_universal": universal}
+    config["bf16"] = {"enabled": dtype == "bf16"}
     built = tiny_models.build(model)
     for module in built.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -118,14 +122,92 @@ def switched(folder, saved, loaded):
     return distance(snapshot(engine), snapshot(other))
 
 
+def optimizer_states(engine):
+    """fp32 weights, Adam's averages and the number of steps by parameter, bit for bit; the table's too."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = {name: each for name, each in snapshot(engine).items() if name == "lr" or name.startswith("table")}
+    masters = {}  # {bf16 parameter: its fp32 weight}, at stage 0
+    if engine.zero_optimization_stage() == 0 and hasattr(engine.optimizer, "fp32_groups"):
+        for lower, higher in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            masters |= dict(zip(lower, higher, strict=True))
+    for name, parameter in engine.module.named_parameters():
+        name = name.replace("transformer.wpe.weight", "table")
+        if engine.zero_optimization_stage() == 0:
+            own = masters.get(parameter, parameter)
+            state = engine.basic_optimizer.state[own]
+            own, first, second = own.detach(), state["exp_avg"], state["exp_avg_sq"]
+        else:
+            own = safe_get_full_fp32_param(parameter)
+            first, second = (safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq"))
+        found |= {name: own.clone(), f"{name} exp_avg": first.clone(), f"{name} exp_avg_sq": second.clone()}
+    steps = {float(state["step"]) for state in engine.basic_optimizer.state.values()}
+    assert len(steps) == 1
+    return found | {"steps": torch.tensor(steps.pop())}
+
+
+def restaged(folder, saved, loaded, dtype="fp32"):
+    """What of weights and optimizer states changes on the way to another ZeRO stage and back, bit for bit.
+
+    saved, loaded: (ZeRO stage, whether the table is sharded).
+    """
+
+    def loaded_from(stage, table):
+        if dist.get_rank() == 0:
+            to_universal(Path(folder) / "global_step2")
+        dist.barrier()
+        engine = make(stage, 2, table=table, universal=True, dtype=dtype)
+        engine.load_checkpoint(folder)
+        return engine
+
+    engine = make(saved[0], 2, table=saved[1], dtype=dtype)
+    train(engine, 2, 0, 2)
+    engine.save_checkpoint(folder)
+    expected = optimizer_states(engine)
+    other = loaded_from(*loaded)
+    found = differences_of_both(expected, optimizer_states(other))
+    on_rank_0(lambda: shutil.rmtree(Path(folder) / "global_step2_universal"))
+    other.save_checkpoint(folder)
+    return found, differences_of_both(expected, optimizer_states(loaded_from(*saved)))
+
+
+def differences_of_both(one, other):
+    """As `differences`; what a table that is sharded in one of the two lacks of its own there is left out."""
+    names = {"table steps"}
+    assert one.keys() ^ other.keys() <= names
+    return differences(*({name: each for name, each in found.items() if name not in names} for found in (one, other)))
+
+
 def other_stage_refused(folder):
-    """The message of loading a checkpoint whose optimizer states do not fit, and what that changed in the engine."""
+    """The messages of loading what does not fit an engine, by what it is, and what that changed in one at stage 0."""
     engine = make(1, 2)
     train(engine, 1, 0, 2)
     engine.save_checkpoint(folder)
-    other = make(3, 2)
-    before = snapshot(other)
-    return message_of(other.load_checkpoint, folder), differences(before, snapshot(other))
+    plain = make(0, 2)
+    before, found = snapshot(plain), {}
+    found["stage 3"] = message_of(make(3, 2).load_checkpoint, folder)
+    found["stage 0"] = message_of(plain.load_checkpoint, folder)
+    on_rank_0(lambda: to_universal(Path(folder) / "global_step1"))
+    found["universal"] = message_of(plain.load_checkpoint, folder, tag="global_step1_universal")
+    plain.save_checkpoint(folder, tag="plain", save_latest=False)
+    found["from stage 0"] = message_of(engine.load_checkpoint, folder, tag="plain")
+    other = make(0, 2, universal=True)
+    found["plain"] = message_of(other.load_checkpoint, folder, tag="plain")
+    whole = Path(folder) / "global_step1_universal"
+    for name, damage in (
+        ("parameter", lambda zero: (zero / "transformer.h.1.ln_1.bias" / "fp32.pt").unlink()),
+        ("shape", lambda zero: torch.save({"param": torch.ones(3)}, zero / "transformer.wte.weight" / "fp32.pt")),
+        ("groups", lambda zero: torch.save({"param_groups": [{}, {}]}, zero / "optimizer_state.pt")),
+    ):
+
+        def copy(name=name, damage=damage):
+            shutil.copytree(whole, Path(folder) / name)
+            (Path(folder) / name / "ds4sci_checkpoint.json").unlink()  # it would tell
+            damage(Path(folder) / name / "zero")
+
+        on_rank_0(copy)
+        found[name] = message_of(other.load_checkpoint, folder, tag=name)
+    return found, differences(before, snapshot(plain)) + differences(before, snapshot(other))
 
 
 def saved_by_two_ranks(folder):
@@ -223,6 +305,20 @@ def data_position(folder):
     }
 
 
+def on_rank_0(action):
+    dist.barrier()
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
+
+
+def flipped(path):
+    """Changes one bit in the middle of a file; once more, and it is as before."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def damaged(folder):
     """Messages for checkpoints that are not whole, and which checkpoint is chosen after a crash in a save."""
     engine = make(1, 2)
@@ -232,13 +328,6 @@ def damaged(folder):
     shard = Path(folder) / "global_step1" / "ds4sci_position_table_00001_of_00002.pt"
     content = shard.read_bytes()
     found = {}
-
-    def on_rank_0(action):
-        dist.barrier()
-        if dist.get_rank() == 0:
-            action()
-        dist.barrier()
-
     train(engine, 1, 1, 2)
     later = snapshot(engine)
     on_rank_0(lambda: shard.unlink())
@@ -275,6 +364,46 @@ def damaged(folder):
     return found
 
 
+FLIPPED = (
+    "mp_rank_00_model_states.pt",
+    "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    "ds4sci_position_table_00000_of_00002.pt",
+    "ds4sci_random_00001_of_00002.pt",
+)
+
+
+def flipped_bits(folder):
+    """For each of FLIPPED: the messages of load, export and conversion, and what a refused load changed; then what
+    differs after a load of the checkpoint before; who has summed up what; and what is logged without the list."""
+    engine = make(1, 2)
+    train(engine, 1, 0, 2)
+    engine.save_checkpoint(folder)
+    before = snapshot(engine)
+    train(engine, 1, 1, 2)
+    engine.save_checkpoint(folder)
+    train(engine, 1, 2, 2)
+    later, found = snapshot(engine), {}
+    last = Path(folder) / "global_step2"
+    for name in FLIPPED:
+        on_rank_0(lambda name=name: flipped(last / name))
+        messages = [message_of(call, folder) for call in (engine.load_checkpoint, exported_state_dict)]
+        found[name] = [*messages, message_of(to_universal, last)], differences(later, snapshot(engine))
+        on_rank_0(lambda name=name: flipped(last / name))
+    manifest = json.loads((last / "ds4sci_checkpoint.json").read_text())
+    dist.barrier()
+    engine.load_checkpoint(folder, tag="global_step1")
+    found["before"] = differences(before, snapshot(engine))
+    on_rank_0((Path(folder) / "global_step1" / "ds4sci_checkpoint.json").unlink)
+    lines = found["unlisted"] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("deepspeed_ds4sci").addHandler(handler)
+    engine.load_checkpoint(folder, tag="global_step1")
+    logging.getLogger("deepspeed_ds4sci").removeHandler(handler)
+    found["writers"] = {name: entry["writer"] for name, entry in manifest["files"].items() if "writer" in entry}
+    return found
+
+
 def unsharded(folder):
     """A checkpoint of an unsharded table is taken by a sharded one; what differs."""
     engine = make(0, 2, table=False)
@@ -282,10 +411,19 @@ def unsharded(folder):
     engine.save_checkpoint(folder)
     saved = snapshot(engine)
     other = make(0, 2)
+    before = snapshot(other)
+    refused = {
+        "with states": message_of(other.load_checkpoint, folder),
+        "stage 3": message_of(make(3, 2).load_checkpoint, folder, load_optimizer_states=False),
+    }
+    changed = differences(before, snapshot(other))
     other.load_checkpoint(folder, load_optimizer_states=False)
     table = other.ds4sci_table_optimizer.table
     loaded = gathered_table(table, table.weight.detach())
-    return torch.equal(saved["table"], loaded)
+    other.save_checkpoint(folder, tag="run/sharded")
+    refused["back"] = message_of(engine.load_checkpoint, folder, tag="run/sharded", load_optimizer_states=False)
+    loaded_again = other.load_checkpoint(folder)[0]
+    return torch.equal(saved["table"], loaded), refused, changed, loaded_again
 
 
 def run(calls):

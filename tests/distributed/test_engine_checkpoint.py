@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of split sequences and sharded tables: exact resume, other layouts, export, damage, a crash."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from tests.distributed.checkpoint_worker import run
+from tests.distributed.checkpoint_worker import FLIPPED, run
 from tests.helpers.distributed import run_distributed
 
 LIMIT_OF_FOUR_ADAMW_STEPS = 2e-6  # of the tensor's largest value: another layout adds up in another order
@@ -15,6 +18,15 @@ SWITCHES_OF_TWO_RANKS = [
     ((3, 2, "ulysses"), (1, 2, "ulysses")),
     ((2, 2, "ulysses"), (1, 1, "ulysses")),
     ((1, 1, "ulysses"), (1, 2, "ring")),
+    ((0, 2, "ring"), (1, 2, "ulysses")),
+    ((3, 2, "ulysses"), (0, 2, "ulysses")),
+]
+RESTAGED = [
+    ((0, True), (2, True)),
+    ((0, False), (3, True)),
+    ((1, True), (0, False)),
+    ((0, False), (2, False), "bf16"),
+    ((3, False), (0, False), "bf16"),
 ]
 SWITCHES_OF_FOUR_RANKS = [
     ((1, 2, "ulysses"), (1, 4, GRID)),
@@ -27,8 +39,10 @@ def two_ranks(tmp_path_factory):
     calls = [
         *(("resume", stage) for stage in range(4)),
         *(("switched", *switch) for switch in SWITCHES_OF_TWO_RANKS),
+        *(("restaged", *pair) for pair in RESTAGED),
         *(("exported", stage) for stage in (0, 1, 3)),
         ("damaged",),
+        ("flipped_bits",),
         ("unsharded",),
         ("other_stage_refused",),
         ("data_position",),
@@ -75,6 +89,13 @@ def test_goes_on_in_another_mode_stage_or_without_splitting(two_ranks, switch):
         assert error <= LIMIT_OF_FOUR_ADAMW_STEPS, name
 
 
+@pytest.mark.distributed(2)
+@pytest.mark.parametrize("pair", RESTAGED, ids=str)
+def test_optimizer_states_are_the_same_bits_at_another_stage_and_back(two_ranks, pair):
+    for results in two_ranks:
+        assert results[str(("restaged", *pair))] == ([], [])
+
+
 @pytest.mark.distributed(4)
 @pytest.mark.parametrize("switch", SWITCHES_OF_FOUR_RANKS, ids=str)
 def test_goes_on_with_another_number_of_ranks_per_sequence(four_ranks, switch):
@@ -95,8 +116,19 @@ def test_goes_on_with_more_ranks_after_conversion_and_not_without(four_ranks):
 @pytest.mark.distributed(2)
 def test_another_stage_without_conversion_is_refused_and_changes_nothing(two_ranks):
     for results in two_ranks:
-        message, changed = results[str(("other_stage_refused",))]
-        assert "was saved with zero = stage 1 or 2, and this engine has stage 3" in message
+        found, changed = results[str(("other_stage_refused",))]
+        assert "was saved with zero = stage 1 or 2, and this engine has stage 3" in found["stage 3"]
+        assert "was saved with zero = stage 1 or 2, and this engine has off" in found["stage 0"]
+        assert "was saved with zero = off, and this engine has stage 1 or 2" in found["from stage 0"]
+        for name in ("stage 3", "stage 0", "from stage 0"):
+            assert "python -m deepspeed_ds4sci.checkpoint universal" in found[name]
+        assert (
+            "global_step1_universal is a universal checkpoint: checkpoint.load_universal in the" in found["universal"]
+        )
+        assert "is no universal checkpoint: checkpoint.load_universal in the config must be false" in found["plain"]
+        assert "lacks the parameter transformer.h.1.ln_1.bias" in found["parameter"]
+        assert "the saved parameter transformer.wte.weight must be [33, 16], got [3]" in found["shape"]
+        assert "the saved optimizer must have 1 parameter groups, got 2" in found["groups"]
         assert changed == []
 
 
@@ -152,5 +184,57 @@ def test_a_refused_load_leaves_the_engine_as_it_was(two_ranks):
 
 
 @pytest.mark.distributed(2)
+@pytest.mark.parametrize("name", FLIPPED)
+def test_a_flipped_bit_is_found_before_anything_is_changed(two_ranks, name):
+    for results in two_ranks:
+        messages, changed = results[str(("flipped_bits",))][name]
+        for message in messages:  # of load_checkpoint, export and universal
+            assert re.search(
+                rf"{name} is damaged: its CRC-32 is [0-9a-f]{{8}}, and was [0-9a-f]{{8}} when it", message
+            )
+            assert "can be loaded by its tag: global_step1 (newest first)" in message
+        assert changed == []
+
+
+@pytest.mark.distributed(2)
+def test_after_a_flipped_bit_the_checkpoint_before_loads_by_its_tag(two_ranks):
+    for results in two_ranks:
+        assert results[str(("flipped_bits",))]["before"] == []
+
+
+@pytest.mark.distributed(2)
+def test_a_checkpoint_without_the_list_loads_with_a_warning(two_ranks):
+    lines, others = (results[str(("flipped_bits",))]["unlisted"] for results in two_ranks)
+    assert (
+        len([line for line in lines if "has no ds4sci_checkpoint.json, so its files cannot be checked" in line]) == 1
+    )
+    assert others == []
+
+
+@pytest.mark.distributed(2)
+def test_each_rank_sums_up_what_it_wrote(two_ranks):
+    assert two_ranks[0][str(("flipped_bits",))]["writers"] == {
+        "ds4sci_position_table_00000_of_00002.pt": 0,
+        "ds4sci_position_table_00001_of_00002.pt": 1,
+        "ds4sci_random_00000_of_00002.pt": 0,
+        "ds4sci_random_00001_of_00002.pt": 1,
+        "mp_rank_00_model_states.pt": 0,
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt": 0,
+        "zero_pp_rank_1_mp_rank_00_optim_states.pt": 1,
+    }
+
+
+@pytest.mark.distributed(2)
 def test_takes_the_table_of_an_unsharded_checkpoint(two_ranks):
-    assert all(results[str(("unsharded",))] for results in two_ranks)
+    for results in two_ranks:
+        taken, refused, changed, _ = results[str(("unsharded",))]
+        assert taken and changed == []
+        for what in ("with states", "stage 3"):
+            assert "saved without position_embedding.sharded, and this engine is with; convert it" in refused[what]
+        assert "saved with position_embedding.sharded, and this engine is without; convert it" in refused["back"]
+
+
+@pytest.mark.distributed(2)
+def test_a_tag_may_name_folders(two_ranks):
+    for results in two_ranks:
+        assert Path(results[str(("unsharded",))][3]).match("run/sharded/mp_rank_00_model_states.pt")

@@ -42,6 +42,9 @@ inline const char* cudaGetErrorString(cudaError_t) { return "emulated CUDA error
 struct float2 {
     float x, y;
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -49,6 +52,7 @@ struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 
 namespace ds4sci {
 namespace emulator {
@@ -286,6 +290,11 @@ inline float bits_to_float(uint32_t x) {
     std::memcpy(&y, &x, 4);
     return y;
 }
+inline uint32_t float_to_bits(float x) {
+    uint32_t y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
 inline float to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(fp16 x) {
     _Float16 y;
@@ -357,6 +366,8 @@ inline float exp2_approx(float x) {
     const float y = std::exp2(x);
     return y < FLT_MIN ? 0.f : y;  // .ftz; NaN stays
 }
+
+inline float reciprocal_approx(float x) { return 1.f / x; }
 
 namespace emulator {
 struct Shuffle {

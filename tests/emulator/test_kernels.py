@@ -12,7 +12,7 @@ import torch
 from deepspeed_ds4sci.ops import _dispatch, sm80
 from deepspeed_ds4sci.ops._extension import Extension
 from tests.emulator.build import build
-from tests.helpers.inputs import make_inputs
+from tests.helpers.inputs import GATE_KINDS, make_inputs
 from tests.helpers.numerics import check_against_eager, run_op
 from tests.helpers.shapes import AttentionShape
 
@@ -55,6 +55,18 @@ SHAPES = (
 )
 
 
+GATED_SHAPES = (
+    shape("one-element", 1, 1, 1, 1, 1, 8),
+    shape("one-key", 1, 3, 100, 1, 2, 32),  # dP - delta is 0 but for rounding
+    shape("tails", 1, 3, 70, 67, 2, 32),
+    shape("batches", 2, 3, 17, 33, 2, 32),
+    shape("one-row", 2, 1, 65, 40, 2, 48),
+    shape("D128", 1, 2, 40, 36, 1, 128),
+    shape("D5", 1, 2, 20, 21, 2, 5),
+    shape("D24", 1, 2, 30, 65, 2, 24),
+)
+
+
 @pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=str)
 @pytest.mark.parametrize("problem", SHAPES, ids=str)
 def test_shapes(problem, dtype):
@@ -81,6 +93,63 @@ def test_pair_biases(pair, dtype):
 def test_layouts(layout):
     square = shape("square", 1, 20, 20, 20, 2, 24)
     check_against_eager(make_inputs(square, BF16, layout=layout), "sm80")
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=str)
+@pytest.mark.parametrize("problem", GATED_SHAPES, ids=str)
+def test_gates_of_shapes(problem, dtype):
+    check_against_eager(make_inputs(problem, dtype, gate="contiguous"), "sm80")
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=str)
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_gates(gate, dtype):
+    square = shape("square", 2, 20, 20, 24, 1, 24)
+    check_against_eager(make_inputs(square, dtype, mask="all_masked", gate=gate), "sm80")
+
+
+def test_a_gate_leaves_rows_without_keys_at_zero():
+    inputs = make_inputs(SMALL, BF16, mask="all_masked", gate="contiguous")
+    results = run_op(inputs, "sm80")
+    for name in ("o", "dq", "dk", "dv", "dmask_bias", "dgate"):
+        assert torch.count_nonzero(results[name][:, ::2]) == 0, name  # NaN counts as nonzero
+        assert torch.count_nonzero(results[name][:, 1::2]) > 0, name
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)
+@pytest.mark.parametrize(("queries", "bias"), [(slice(None), 120.0), (5, 120.0), (5, 9.0)], ids=str)
+def test_gates_beside_a_key_with_all_the_weight(queries, bias, dtype):
+    """dP - delta is 0 there, or nearly; dO and the gated output from which delta comes are rounded."""
+    inputs = make_inputs(SMALL, dtype, gate="contiguous")
+    with torch.no_grad():
+        inputs.pair_bias[..., queries, 20] = bias
+    check_against_eager(inputs, "sm80")
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)
+def test_an_open_gate_changes_the_order_of_delta_alone(dtype):
+    """sigmoid(100) is 1. What delta enters may differ by the rounding of its sum, which other lanes add up."""
+    plain, gated = (make_inputs(SMALL, dtype) for _ in range(2))
+    gated.gate = torch.full_like(gated.q, 100.0)
+    expected = run_op(plain, "sm80")
+    for name, tensor in run_op(gated, "sm80").tensors.items():
+        if name in ("o", "dv"):
+            assert torch.equal(tensor, expected[name]), name
+        else:
+            error = (tensor.double() - expected[name].double()).norm() / expected[name].double().norm()
+            assert error <= torch.finfo(dtype).eps / 2, name
+
+
+def test_a_gate_without_a_gradient_of_its_own_and_the_other_way_round():
+    inputs = make_inputs(SMALL, BF16, gate="contiguous")
+    every = run_op(inputs, "sm80")
+    for wanted in (("gate",), ("q", "k", "v"), ("pair_bias",)):
+        for name, tensor in inputs.named().items():
+            tensor.requires_grad_(name in wanted)
+        some = run_op(inputs, "sm80")
+        assert set(some.tensors) == {"o", *(f"d{name}" for name in wanted)}
+        for name, tensor in some.tensors.items():
+            assert torch.equal(tensor, every[name]), name
 
 
 @pytest.mark.parametrize("value", (-1e9, -1e38))
@@ -130,9 +199,10 @@ def test_large_logits():
     check_against_eager(make_inputs(SMALL, FP32, spread=20.0), "sm80")
 
 
-def test_copies_that_land_at_once_change_nothing(monkeypatch):
+@pytest.mark.parametrize("gate", (None, "contiguous"))
+def test_copies_that_land_at_once_change_nothing(gate, monkeypatch):
     """Copies land when waited for (the default here) or at once: a race with either shows as a difference."""
-    inputs = make_inputs(shape("tiles", 1, 3, 70, 100, 1, 32), BF16)
+    inputs = make_inputs(shape("tiles", 1, 3, 70, 100, 1, 32), BF16, gate=gate)
     late = run_op(inputs, "sm80")
     monkeypatch.setenv("DS4SCI_EMULATE_COPIES", "eager")
     early = run_op(inputs, "sm80")
@@ -143,7 +213,7 @@ def test_copies_that_land_at_once_change_nothing(monkeypatch):
 def test_deepspeed_entry_points(emulated_library):
     inputs = make_inputs(shape("deepspeed", 1, 2, 40, 40, 2, 16), BF16)
     expected = run_op(inputs, "sm80")
-    q, k, v, mask, pair = (x.detach() for x in inputs.tensors())
+    q, k, v, mask, pair = (x.detach() for x in inputs.tensors()[:5])
     o, lse = torch.empty_like(q), torch.empty((2, 2, 64), dtype=FP32)
     emulated_library.attention(q, k, v, mask, pair, o, lse)
     assert torch.equal(o, expected["o"])
@@ -157,7 +227,7 @@ def test_deepspeed_entry_points(emulated_library):
 def test_failed_call_names_its_reason(emulated_library):
     q = torch.zeros(1, 1, 4, 1, 256, dtype=BF16)
     with pytest.raises(RuntimeError, match="head_dim must be a multiple of 16 bytes, at most 128 elements"):
-        emulated_library.forward(q, q, q, None, None, 1.0)
+        emulated_library.forward(q, q, q, None, None, None, 1.0)
 
 
 def test_library_of_other_sources_is_refused(monkeypatch, emulated_library):

@@ -162,6 +162,7 @@ def test_model_sizes_follow_the_options(example):
     [
         ([], "the following arguments are required: --deepspeed_config"),
         (["--deepspeed_config", "c", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--deepspeed_config", "c", "--stop-after", "0"], "--stop-after must be at least 1, got 0"),
         (["--deepspeed_config", "c", "--held-out-every", "1"], "--held-out-every must be at least 2, got 1"),
         (["--deepspeed_config", "c", "--model", "huge"], "invalid choice: 'huge'"),
     ],
@@ -170,6 +171,18 @@ def test_wrong_options_are_named(example, capsys, options, message):
     with pytest.raises(SystemExit):
         example.train.parse_arguments(options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", ["1", "0", "-5", "08", "many"])
+def test_a_demo_too_short_to_be_cut_off_is_refused(tmp_path, steps):
+    environment = {
+        "PATH": os.environ["PATH"],
+        "DS4SCI_DEMO_STEPS": steps,
+        "DS4SCI_GENSLM_DEMO_OUTPUT": str(tmp_path / "run"),
+    }
+    done = subprocess.run(["bash", EXAMPLE / "demo.sh"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "run").exists()
+    assert "DS4SCI_DEMO_STEPS must be a whole number from 2 on" in done.stderr and f"got {steps}" in done.stderr
 
 
 def launch(output, *options):

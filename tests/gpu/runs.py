@@ -15,6 +15,7 @@ _MARKS = {
     "sm90": pytest.mark.skipif(not _IS_HOPPER, reason="sm90 needs a GPU of compute capability 9.0"),
 }
 
+ON_HOPPER = _MARKS["sm90"]
 IMPLEMENTATIONS = [pytest.param(name, marks=mark) for name, mark in _MARKS.items()]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _RUNS = [("sm80", dtype) for dtype in _DTYPES] + [("sm90", dtype) for dtype in _DTYPES if dtype in sm90.DTYPES]

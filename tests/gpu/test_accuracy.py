@@ -8,7 +8,7 @@ import torch
 
 from deepspeed_ds4sci import evoformer_attention
 from tests.helpers import shapes
-from tests.helpers.inputs import LAYOUTS, MASK_KINDS, PAIR_KINDS, make_inputs
+from tests.helpers.inputs import GATE_KINDS, LAYOUTS, MASK_KINDS, PAIR_KINDS, make_inputs
 from tests.helpers.numerics import (
     assert_no_worse_than_eager,
     check_against_eager,
@@ -47,6 +47,26 @@ def test_mask_kinds(mask, implementation, dtype):
 @pytest.mark.parametrize("mask", ("none", "minus_inf"))
 def test_pair_kinds(pair, mask, implementation, dtype):
     check_against_eager(make_inputs(SMALL, dtype, "cuda", mask=mask, pair=pair), implementation)
+
+
+@pytest.mark.parametrize(("shape", "implementation", "dtype"), with_shapes(shapes.BOUNDARY[::2] + MORE[::3]))
+def test_gates_of_boundary_shapes(shape, implementation, dtype):
+    check_against_eager(make_inputs(shape, dtype, "cuda", gate="contiguous"), implementation)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS)
+@pytest.mark.parametrize("mask", ("none", "all_masked"))
+@pytest.mark.parametrize("pair", ("none", "contiguous"))
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_gate_kinds(gate, pair, mask, implementation, dtype):
+    shape = shapes.AttentionShape("square", 2, 72, 72, 100, 3, 32, "a transposed view needs N = Lq")
+    check_against_eager(make_inputs(shape, dtype, "cuda", mask=mask, pair=pair, gate=gate), implementation)
+
+
+@pytest.mark.parametrize(("head_dim", "implementation", "dtype"), with_head_dims((*shapes.HEAD_DIMS, 5, 33)))
+def test_gates_of_head_dims(head_dim, implementation, dtype):
+    shape = dataclasses.replace(SMALL, head_dim=head_dim)
+    check_against_eager(make_inputs(shape, dtype, "cuda", gate="contiguous"), implementation)
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
@@ -95,12 +115,13 @@ def test_softmax_scale(head_dim, implementation, dtype):
         check_against_eager(inputs, implementation, softmax_scale=scale)
 
 
-@pytest.mark.parametrize("which", ("q", "k", "v", "do", "pair_bias"))
+@pytest.mark.parametrize("which", ("q", "k", "v", "do", "pair_bias", "gate"))
 @pytest.mark.parametrize("axis", (0, 1, 2, 3))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_expanded_views_give_the_bits_of_their_copies(implementation, axis, which):
     """Stride 0 along an axis, as `expand` and the gradient of a sum leave it."""
-    views, copies = (make_inputs(dataclasses.replace(SMALL, k_len=72), BF16, "cuda") for _ in range(2))
+    shape = dataclasses.replace(SMALL, k_len=72)
+    views, copies = (make_inputs(shape, BF16, "cuda", gate="contiguous") for _ in range(2))
     x = getattr(views, which).detach()
     view = x.narrow(axis, 0, 1).expand(x.shape)
     setattr(views, which, view.requires_grad_(which != "do"))
@@ -108,24 +129,20 @@ def test_expanded_views_give_the_bits_of_their_copies(implementation, axis, whic
     names = [name for name in copies.differentiable() if name != which]
 
     def results(inputs):
-        o = evoformer_attention(
-            *(inputs.q, inputs.k, inputs.v),
-            mask_bias=inputs.mask_bias,
-            pair_bias=inputs.pair_bias,
-            implementation=implementation,
-        )
+        o = evoformer_attention(**inputs.named(), implementation=implementation)
         return (o, *torch.autograd.grad(o, [getattr(inputs, name) for name in names], inputs.do))
 
     for name, actual, expected in zip(("o", *names), results(views), results(copies), strict=True):
         assert torch.equal(actual, expected), name
 
 
+@pytest.mark.parametrize("gate", (None, "contiguous"))
 @pytest.mark.parametrize(
     "shape", [shapes.BY_NAME[name] for name in ("deepspeed-test-512", "template-256", "pairformer-768")], ids=str
 )
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
-def test_real_sizes(shape, implementation, dtype):
-    check_against_eager(make_inputs(shape, dtype, "cuda"), implementation)
+def test_real_sizes(shape, implementation, dtype, gate):
+    check_against_eager(make_inputs(shape, dtype, "cuda", gate=gate), implementation)
 
 
 def test_pair_gradient_over_many_rows_keeps_fp32():

@@ -15,7 +15,7 @@ from tests.helpers import shapes
 from tests.helpers.inputs import make_inputs
 from tests.helpers.numerics import check_against_eager, run_op
 
-from .runs import IMPLEMENTATIONS, RUNS
+from .runs import IMPLEMENTATIONS, ON_HOPPER, RUNS, RUNS_16_BIT
 
 pytestmark = pytest.mark.gpu
 
@@ -28,14 +28,7 @@ def implementation(request):
 
 
 def attend(inputs, implementation):
-    return evoformer_attention(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        mask_bias=inputs.mask_bias,
-        pair_bias=inputs.pair_bias,
-        implementation=implementation,
-    )
+    return evoformer_attention(**inputs.named(), implementation=implementation)
 
 
 def test_every_compiled_implementation_for_this_gpu_can_run():
@@ -46,15 +39,57 @@ def test_every_compiled_implementation_for_this_gpu_can_run():
     assert torch.cuda.get_device_capability() != sm90.CAPABILITY or reasons["sm90"] is None
 
 
-@pytest.mark.parametrize("mask, pair", (("additive", "contiguous"), ("bool", "none"), ("minus_inf", "shared_samples")))
+@pytest.mark.parametrize(
+    "mask, pair, gate",
+    (
+        ("additive", "contiguous", None),
+        ("additive", "contiguous", "contiguous"),
+        ("bool", "none", None),
+        ("minus_inf", "shared_samples", None),
+    ),
+)
 @pytest.mark.parametrize("implementation, dtype", RUNS)
-def test_twenty_runs_give_the_same_bits(implementation, dtype, mask, pair):
-    inputs = make_inputs(SHAPE, dtype, "cuda", mask=mask, pair=pair)
+def test_twenty_runs_give_the_same_bits(implementation, dtype, mask, pair, gate):
+    inputs = make_inputs(SHAPE, dtype, "cuda", mask=mask, pair=pair, gate=gate)
     first = run_op(inputs, implementation)
     for _ in range(19):
         again = run_op(inputs, implementation)
         for name, tensor in first.tensors.items():
             assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize("implementation, dtype", RUNS)
+def test_an_open_gate_changes_the_order_of_delta_alone(implementation, dtype):
+    """sigmoid(100) is 1. What delta enters may differ by the rounding of its sum, which other lanes add up."""
+    plain, gated = (make_inputs(SHAPE, dtype, "cuda") for _ in range(2))
+    gated.gate = torch.full_like(gated.q, 100.0)
+    expected = run_op(plain, implementation)
+    for name, tensor in run_op(gated, implementation).tensors.items():
+        if name in ("o", "dv"):
+            assert torch.equal(tensor, expected[name]), name
+        else:
+            error = (tensor.double() - expected[name].double()).norm() / expected[name].double().norm()
+            assert error.item() <= max(torch.finfo(dtype).eps / 2, 1e-6), name
+
+
+@pytest.mark.parametrize("dtype", sm90.DTYPES, ids=str)
+@ON_HOPPER
+def test_the_gated_gradients_of_both_paths_agree(dtype):
+    inputs = make_inputs(SHAPE, dtype, "cuda", gate="contiguous")
+    portable, hopper = (run_op(inputs, name) for name in ("sm80", "sm90"))
+    for name, expected in portable.tensors.items():
+        difference = (hopper[name].double() - expected.double()).norm() / expected.double().norm()
+        assert difference.item() <= 8 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("implementation, dtype", RUNS_16_BIT)
+def test_a_gate_is_applied_once_where_the_online_softmax_runs_again(implementation, dtype):
+    """Rows whose largest pair bias is dropped are computed again by another kernel, gate included."""
+    inputs = make_inputs(SHAPE, dtype, "cuda", gate="contiguous")
+    with torch.no_grad():
+        inputs.pair_bias[..., 5, 77] = 300.0
+        inputs.mask_bias[..., 77] = float("-inf")
+    check_against_eager(inputs, implementation)
 
 
 def test_same_bits_beside_other_work(implementation):
@@ -69,13 +104,14 @@ def test_same_bits_beside_other_work(implementation):
         assert torch.equal(again[name], tensor), name
 
 
+@pytest.mark.parametrize("gate", (None, "transposed"))
 @pytest.mark.parametrize("layout", ("ending_node", "packed_qkv", "heads_first"))
-def test_aligned_views_are_not_copied(implementation, layout):
+def test_aligned_views_are_not_copied(implementation, layout, gate):
     """Peak memory of a view equals that of contiguous tensors: no hidden copies, forward and backward."""
     shape = shapes.AttentionShape("square", 1, 256, 256, 256, 4, 32, "triangle")
 
-    def peak(layout):
-        inputs = make_inputs(shape, torch.bfloat16, "cuda", layout=layout)
+    def peak(layout, gate):
+        inputs = make_inputs(shape, torch.bfloat16, "cuda", layout=layout, gate=gate)
         gc.collect()  # what earlier tests left must not be freed in between
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -83,7 +119,32 @@ def test_aligned_views_are_not_copied(implementation, layout):
         run_op(inputs, implementation)
         return torch.cuda.max_memory_allocated() - before
 
-    assert peak(layout) == peak("contiguous")
+    assert peak(layout, gate) == peak("contiguous", gate and "contiguous")
+
+
+def test_a_gate_in_the_op_takes_less_memory_than_one_apart(implementation):
+    """Beside the gated output there is never an ungated one."""
+    shape = shapes.AttentionShape("square", 1, 256, 256, 256, 4, 32, "triangle")
+    inputs = make_inputs(shape, torch.bfloat16, "cuda", gate="contiguous")
+    gate, sources = inputs.gate, list(inputs.differentiable().values())
+
+    def peak(step):
+        step()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
+    def fused():
+        torch.autograd.grad(attend(inputs, implementation), sources, inputs.do)
+
+    def apart():
+        o = evoformer_attention(**(inputs.named() | {"gate": None}), implementation=implementation)
+        torch.autograd.grad(torch.sigmoid(gate) * o, sources, inputs.do)
+
+    assert peak(fused) <= peak(apart) - inputs.q.numel() * 2
 
 
 def test_extra_memory_grows_with_length_not_its_square(implementation):
@@ -107,7 +168,7 @@ def test_gradient_of_a_sum_has_zero_strides(implementation):
 
 
 def test_unwanted_gradients_change_nothing(implementation):
-    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda", gate="contiguous")
     every = run_op(inputs, implementation)
     for name, tensor in inputs.differentiable().items():
         alone = torch.autograd.grad(attend(inputs, implementation), tensor, inputs.do)[0]
@@ -139,7 +200,7 @@ def test_second_device(implementation):
 
 
 def test_cuda_graph_replays_forward_and_backward(implementation):
-    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda", gate="contiguous")
     sources = list(inputs.differentiable().values())
 
     def step():
@@ -154,7 +215,7 @@ def test_cuda_graph_replays_forward_and_backward(implementation):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    fresh = make_inputs(SHAPE, torch.bfloat16, "cuda", seed=1)
+    fresh = make_inputs(SHAPE, torch.bfloat16, "cuda", gate="contiguous", seed=1)
     for old, new in zip((*sources, inputs.do), (*fresh.differentiable().values(), fresh.do), strict=True):
         old.data.copy_(new)
     graph.replay()
@@ -164,7 +225,7 @@ def test_cuda_graph_replays_forward_and_backward(implementation):
 
 
 def test_compile_fullgraph(implementation):
-    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda", gate="contiguous")
     compiled = torch.compile(attend, fullgraph=True)
     sources = list(inputs.differentiable().values())
     actual = torch.autograd.grad(compiled(inputs, implementation), sources, inputs.do)
@@ -174,7 +235,7 @@ def test_compile_fullgraph(implementation):
 
 
 def test_activation_checkpointing(implementation):
-    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
+    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda", gate="contiguous")
     sources = list(inputs.differentiable().values())
     actual = torch.autograd.grad(checkpoint(attend, inputs, implementation, use_reentrant=False), sources, inputs.do)
     expected = torch.autograd.grad(attend(inputs, implementation), sources, inputs.do)
@@ -183,20 +244,26 @@ def test_activation_checkpointing(implementation):
 
 
 def test_autocast_computes_in_16_bits():
-    inputs = make_inputs(SHAPE, torch.float32, "cuda", mask="fp32", pair="fp32")
+    inputs = make_inputs(SHAPE, torch.float32, "cuda", mask="fp32", pair="fp32", gate="contiguous")
     with torch.autocast("cuda", dtype=torch.bfloat16):
         o = attend(inputs, None)
     assert o.dtype == torch.bfloat16
-    grads = torch.autograd.grad(o, (inputs.q, inputs.pair_bias), inputs.do.bfloat16())
-    assert [grad.dtype for grad in grads] == [torch.float32, torch.float32]
+    grads = torch.autograd.grad(o, (inputs.q, inputs.pair_bias, inputs.gate), inputs.do.bfloat16())
+    assert {grad.dtype for grad in grads} == {torch.float32}
 
 
 @pytest.mark.parametrize(
-    "mask, pair", (("none", "none"), ("additive", "none"), ("bool", "contiguous"), ("additive", "contiguous"))
+    "mask, pair, gate",
+    (
+        ("none", "none", "contiguous"),
+        ("additive", "none", None),
+        ("bool", "contiguous", None),
+        ("additive", "contiguous", "contiguous"),
+    ),
 )
-def test_opcheck(implementation, mask, pair):
+def test_opcheck(implementation, mask, pair, gate):
     shape = shapes.AttentionShape("tiny", 1, 2, 17, 19, 2, 16, "opcheck")
-    inputs = make_inputs(shape, torch.bfloat16, "cuda", mask=mask, pair=pair)
+    inputs = make_inputs(shape, torch.bfloat16, "cuda", mask=mask, pair=pair, gate=gate)
     torch.library.opcheck(
         torch.ops.deepspeed_ds4sci.evoformer_attn_fwd.default,
         (*inputs.tensors(), shape.head_dim**-0.5, implementation),
@@ -207,7 +274,7 @@ def test_deepspeed_entry_points():
     """DeepSpeed's own Python wrapper can run on our library: same call, same buffers."""
     inputs = make_inputs(SHAPE, torch.bfloat16, "cuda")
     expected = run_op(inputs, "sm80")
-    q, k, v, mask, pair = (x.detach() for x in inputs.tensors())
+    q, k, v, mask, pair = (x.detach() for x in inputs.tensors()[:5])
     o = torch.empty_like(q)
     lse = torch.empty((33, 4, 160), dtype=torch.float32, device="cuda")  # DeepSpeed rounds the length up to 32
     extension().attention(q, k, v, mask, pair, o, lse)

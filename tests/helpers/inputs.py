@@ -11,6 +11,7 @@ from .shapes import AttentionShape
 
 Layout = Literal["contiguous", "ending_node", "packed_qkv", "unaligned", "strided_last", "heads_first"]
 MaskKind = Literal["none", "additive", "fp32", "bool", "padded", "all_masked", "minus_inf", "shared", "expanded"]
+GateKind = Literal["contiguous", "transposed", "unaligned", "open", "closed"]
 PairKind = Literal[
     "none",
     "contiguous",
@@ -26,6 +27,7 @@ PairKind = Literal[
 LAYOUTS: tuple[str, ...] = Layout.__args__
 MASK_KINDS: tuple[str, ...] = MaskKind.__args__
 PAIR_KINDS: tuple[str, ...] = PairKind.__args__
+GATE_KINDS: tuple[str, ...] = GateKind.__args__
 LARGE_NEGATIVE = {torch.float16: -3e4}  # the usual -1e9 in every other dtype
 
 
@@ -36,22 +38,26 @@ def repeated_axes(x: Tensor) -> tuple[int, ...]:
 
 @dataclass
 class AttentionInputs:
-    """Arguments of the op and a gradient for its output; every float tensor of the first five requires a gradient."""
+    """Arguments of the op and a gradient for its output; every float tensor but that one requires a gradient."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     mask_bias: Tensor | None
     pair_bias: Tensor | None
+    gate: Tensor | None
     do: Tensor
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.mask_bias, self.pair_bias
+        return self.q, self.k, self.v, self.mask_bias, self.pair_bias, self.gate
+
+    def named(self) -> dict[str, Tensor | None]:
+        """The tensors by the op's names for them."""
+        return dict(zip(("q", "k", "v", "mask_bias", "pair_bias", "gate"), self.tensors(), strict=True))
 
     def differentiable(self) -> dict[str, Tensor]:
         """name -> tensor, for those that require a gradient."""
-        named = zip(("q", "k", "v", "mask_bias", "pair_bias"), self.tensors(), strict=True)
-        return {name: x for name, x in named if x is not None and x.requires_grad}
+        return {name: x for name, x in self.named().items() if x is not None and x.requires_grad}
 
     def to(self, dtype: torch.dtype) -> "AttentionInputs":
         """Fresh copies in another dtype, contiguous but for repeated axes; a boolean mask stays as it is."""
@@ -147,6 +153,21 @@ def _pair(kind: PairKind, shape: AttentionShape, dtype: torch.dtype, randn, rand
     raise ValueError(f"pair must be one of {', '.join(PAIR_KINDS)}, got {kind!r}")
 
 
+def _gate(kind: GateKind, like: Tensor, randn) -> Tensor:
+    """Values of q's shape and dtype before the sigmoid, as the projection behind a gate gives them."""
+    if kind not in GATE_KINDS:
+        raise ValueError(f"gate must be one of {', '.join(GATE_KINDS)}, got {kind!r}")
+    values = randn(like.shape) * 2
+    if kind == "open":  # sigmoids that bf16 rounds to 1
+        values = values.abs() + 7
+    elif kind == "closed":  # down to what no dtype holds
+        values = -values.abs() * 20
+    values = values.to(like.dtype)
+    if kind == "transposed":  # attention along the other axis of a table
+        return _lay_out(values, "ending_node")
+    return _lay_out(values, "unaligned") if kind == "unaligned" else values
+
+
 def make_inputs(
     shape: AttentionShape,
     dtype: torch.dtype = torch.float32,
@@ -155,6 +176,7 @@ def make_inputs(
     layout: Layout = "contiguous",
     mask: MaskKind = "additive",
     pair: PairKind | None = None,
+    gate: GateKind | None = None,
     spread: float = 1.0,
     seed: int = 0,
 ) -> AttentionInputs:
@@ -163,6 +185,7 @@ def make_inputs(
     Args:
         layout: where the elements of q, k, v and do lie in memory.
         mask, pair: which biases and in which form; pair=None takes what the shape is used with.
+        gate: which gate and in which form; None has none.
         spread: standard deviation of q and k; the logits have about its square.
         seed: of the generator.
     """
@@ -182,7 +205,8 @@ def make_inputs(
     v, do = (_lay_out(randn(sizes).to(dtype), layout) for sizes in (k_sizes, q_sizes))
     mask_bias = _mask(mask, shape, dtype, randn, rand)
     pair_bias = _pair(pair, shape, dtype, randn, rand)
-    for x in (q, k, v, mask_bias, pair_bias):
+    gates = None if gate is None else _gate(gate, q, randn)
+    for x in (q, k, v, mask_bias, pair_bias, gates):
         if x is not None and x.dtype != torch.bool:
             x.requires_grad_()
-    return AttentionInputs(q, k, v, mask_bias, pair_bias, do)
+    return AttentionInputs(q, k, v, mask_bias, pair_bias, gates, do)

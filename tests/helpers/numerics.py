@@ -49,9 +49,10 @@ def eager_evoformer_attention(
     *,
     mask_bias: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    gate: Tensor | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """The op as models write it: matmul, add, softmax, matmul, every step rounded to q's dtype.
+    """The op as models write it: matmul, add, softmax, matmul, sigmoid, product, every step rounded to q's dtype.
 
     Models get NaN in a row without a key; here such a row gives 0, so that its neighbours can be compared.
     """
@@ -70,7 +71,8 @@ def eager_evoformer_attention(
         weights = torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     else:
         weights = torch.softmax(logits, dim=-1)
-    return (weights @ values).transpose(2, 3)
+    o = (weights @ values).transpose(2, 3)
+    return o if gate is None else torch.sigmoid(gate) * o
 
 
 def run(attention: Callable[..., Tensor], inputs: AttentionInputs, **options) -> Results:
@@ -78,7 +80,9 @@ def run(attention: Callable[..., Tensor], inputs: AttentionInputs, **options) ->
 
     A gradient is summed along axes that its input repeats, as the backward of the expand that made it would.
     """
-    o = attention(inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=inputs.pair_bias, **options)
+    q, k, v, mask_bias, pair_bias, gate = inputs.tensors()
+    gates = {} if gate is None else {"gate": gate}  # not every attention knows one
+    o = attention(q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, **gates, **options)
     sources = inputs.differentiable()
     results = {"o": o.detach()}
     if sources:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build function, with a stand-in for nvcc: what is compiled how often, and what failures say."""
 
+import contextlib
+import errno
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -169,6 +172,52 @@ def test_unwritable_cache_names_the_variable(library, nvcc, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match=r"cannot create .*; set DS4SCI_CACHE_DIR"):
         build_library(library, AMPERE, tmp_path / "file" / "cache")
+
+
+@pytest.fixture
+def not_permitted(monkeypatch):
+    """The lock is another user's: it can be waited for, not held."""
+
+    @contextlib.contextmanager
+    def lock(path, timeout_s):
+        if lock.then_built:
+            path.with_suffix(".so").write_text("built by the other user")
+        yield False
+
+    lock.then_built = False
+    monkeypatch.setattr(compile_module, "build_lock", lock)
+    return lock
+
+
+def test_what_another_user_has_built_meanwhile_is_taken(library, nvcc, root, not_permitted):
+    not_permitted.then_built = True
+    assert build_library(library, AMPERE, root).read_text() == "built by the other user"
+    assert nvcc.calls() == []
+
+
+def test_unfinished_build_of_another_user_names_the_variable(library, nvcc, root, not_permitted):
+    folder = re.escape(str(planned_library(library, AMPERE, find_nvcc(), root).parent))
+    message = f"{folder} belongs to another user, who has not built ds4sci_evoformer_attn there; set DS4SCI_CACHE_DIR"
+    with pytest.raises(BuildError, match=message):
+        build_library(library, AMPERE, root)
+    assert nvcc.calls() == []
+
+
+def test_closed_cache_of_another_user_names_the_variable(library, nvcc, root, monkeypatch):
+    """Whoever may not look into a folder cannot ask whether a file is there either."""
+
+    def closed(own):
+        def method(path, *rest, **options):
+            if path.is_relative_to(root):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return own(path, *rest, **options)
+
+        return method
+
+    for name in ("mkdir", "is_file", "is_dir"):
+        monkeypatch.setattr(compile_module.Path, name, closed(getattr(compile_module.Path, name)))
+    with pytest.raises(BuildError, match=r"cannot create .*Permission denied.*; set DS4SCI_CACHE_DIR"):
+        build_library(library, AMPERE, root)
 
 
 def test_bad_timeout_is_named(library, nvcc, root, monkeypatch):

@@ -182,6 +182,28 @@ def test_prebuilt_for_another_gpu_is_not_used(machine, caplog):
     assert f"{path} was built for 8.0, not for compute capability 9.0" in caplog.text
 
 
+def test_prebuilt_for_a_newer_driver_is_not_used(machine, caplog):
+    path = machine.prebuild("9.0a")
+    unfit = f"{path} was built with CUDA 12.9, the NVIDIA driver runs CUDA up to 11.8"
+    machine.set_driver((12, 2))  # a driver runs what a newer compiler of its major version made
+    assert machine.builder().build_state().kind == "prebuilt"
+    machine.set_driver((11, 8))
+    assert machine.builder().fitting_prebuilt([H100.capability]) == (None, unfit)
+    machine.monkeypatch.setenv("CUDA_HOME", str(FakeNvcc(machine.tmp_path / "cuda11", release="11.8").home))
+    assert machine.builder().load() not in (path, None)
+    assert f"not using the prebuilt library: {unfit}" in caplog.text
+    machine.remove("nvcc")
+    assert machine.builder().missing()[0] == f"the prebuilt library does not fit: {unfit}"
+    assert not machine.builder().is_compatible()
+
+
+def test_no_driver_is_asked_for_a_prebuilt_library_that_serves_no_gpu(machine):
+    """As in the hook that runs at every `import deepspeed`."""
+    path = machine.prebuild("9.0a")
+    machine.monkeypatch.setattr(builder_module, "query_driver", lambda: pytest.fail("the driver was asked"))
+    assert machine.builder().fitting_prebuilt(capabilities=()) == (path, "")
+
+
 def test_other_file_in_place_of_the_prebuilt_is_not_used(machine, caplog):
     path = machine.prebuild("9.0a")
     path.write_bytes(b"\x7fELF")

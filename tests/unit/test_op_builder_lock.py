@@ -42,6 +42,47 @@ def holder(lock_path):
     process.stdout.close()
 
 
+@pytest.fixture
+def of_another_user(monkeypatch):
+    """Files cannot be opened for writing, as those of another user; root would be allowed to."""
+    open_any = os.open
+
+    def open_to_read(path, flags, *rest):
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_any(path, flags, *rest)
+
+    monkeypatch.setattr(lock_module.os, "open", open_to_read)
+
+
+def test_lock_of_another_user_is_waited_for(lock_path, holder, of_another_user, caplog):
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
+    start = time.monotonic()
+    # Two ranks of the second user do not wait for each other.
+    with build_lock(lock_path, 20, 0.05) as first, build_lock(lock_path, 0.5, 0.05) as second:
+        assert first is second is False
+    assert time.monotonic() - start > 0.2
+    killer.wait()
+    assert caplog.text.count(f"waiting for process {holder.pid} on host") == 1
+    assert read_holder(lock_path).startswith(f"process {holder.pid} ")
+
+
+def test_lock_of_another_user_times_out(lock_path, holder, of_another_user):
+    with pytest.raises(TimeoutError, match=f"held by process {holder.pid} "), build_lock(lock_path, 0.3, 0.05):
+        pass
+
+
+def test_lock_that_cannot_be_created_is_not_held(lock_path, of_another_user):
+    with build_lock(lock_path, timeout_s=1) as held:
+        assert held is False
+    assert not lock_path.exists()
+
+
+def test_other_errors_of_the_lock_file_are_raised(tmp_path):
+    with pytest.raises(IsADirectoryError), build_lock(tmp_path, timeout_s=1):
+        pass
+
+
 def test_timeout_names_file_and_holder(lock_path, holder):
     with pytest.raises(TimeoutError) as caught, build_lock(lock_path, timeout_s=0.3, poll_s=0.05):
         pass
@@ -56,7 +97,8 @@ def test_killed_holder_blocks_nobody(lock_path, holder, caplog):
     assert lock_path.is_file()
     assert read_holder(lock_path).startswith(f"process {holder.pid} ")
     start = time.monotonic()
-    with build_lock(lock_path, timeout_s=5):
+    with build_lock(lock_path, timeout_s=5) as held:
+        assert held is True
         assert read_holder(lock_path).startswith(f"process {os.getpid()} ")
     assert time.monotonic() - start < 1
     assert not caplog.records

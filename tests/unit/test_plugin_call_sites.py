@@ -86,7 +86,7 @@ def test_chunked_rows_with_an_expanded_pair_bias(op, device):
 def test_summed_output(op, device):
     """o.sum().backward() brings a gradient whose strides are all zero."""
     inputs = make_inputs(SHAPE, torch.float32, device, pair="contiguous")
-    q, k, v, mask_bias, pair_bias = inputs.tensors()
+    q, k, v, mask_bias, pair_bias, _ = inputs.tensors()
     summed = torch.autograd.grad(op(q, k, v, [mask_bias, pair_bias]).sum(), [q, k, v, pair_bias])
     ones = torch.ones_like(q)
     plain = torch.autograd.grad(op(q, k, v, [mask_bias, pair_bias]), [q, k, v, pair_bias], ones)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hooks into DeepSpeed, each case in a process of its own: import order decides what can go wrong."""
 
+import copy
+import importlib.machinery
 import re
+import sys
 import types
 
 import pytest
@@ -48,6 +51,25 @@ assert DS4Sci_EvoformerAttention.__module__ == "deepspeed.ops.deepspeed4science.
 assert op_module.DS4Sci_EvoformerAttention is DS4Sci_EvoformerAttention
 """
 
+# Each thread comes to need what the other is importing.
+TWO_THREADS = """
+import sys, threading, time
+import torch
+
+def import_deepspeed():
+    import deepspeed
+
+def import_ours():
+    while "deepspeed" not in sys.modules:
+        time.sleep(0.001)
+    import deepspeed_ds4sci.op_builder.evoformer_attn
+
+threads = [threading.Thread(target=target) for target in (import_deepspeed, import_ours)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
 EVERYTHING_OF_DEEPSPEED = "import deepspeed.ops.op_builder.all_ops, deepspeed.ops.deepspeed4science"
 
 
@@ -62,6 +84,8 @@ EVERYTHING_OF_DEEPSPEED = "import deepspeed.ops.op_builder.all_ops, deepspeed.op
         (f"{EVERYTHING_OF_DEEPSPEED}\nimport deepspeed_ds4sci", 0, "cuda"),
         ("import deepspeed_ds4sci.op_builder.evoformer_attn", 1, "cuda"),
         ("import deepspeed_ds4sci.op_builder.evoformer_attn", 0, "cpu"),
+        ("import deepspeed_ds4sci.op_builder.builder", 1, "cpu"),
+        (TWO_THREADS, 1, "cpu"),
         ("from deepspeed.ops.op_builder.all_ops import ALL_OPS", 1, "cuda"),
     ],
     ids=[
@@ -73,6 +97,8 @@ EVERYTHING_OF_DEEPSPEED = "import deepspeed.ops.op_builder.all_ops, deepspeed.op
         "ours-last-cuda",
         "builder",
         "builder-no-autoload",
+        "builder-base",
+        "two-threads",
         "all_ops",
     ],
 )
@@ -223,6 +249,39 @@ def test_ds_report_says_installed_for_a_prebuilt_library(accelerator):
     plain = re.sub(r"\x1b\[\d+m", "", output)
     assert re.search(r"^evoformer_attn \.+ \[YES\] \.+ \[OKAY\]", plain, re.M)
     assert re.search(rf"^fused_adam \.+ \[{'YES' if accelerator == 'cpu' else 'NO'}\]", plain, re.M)
+
+
+@pytest.mark.parametrize("module", ["builder", "evoformer_attn"])
+def test_installed_is_told_to_deepspeed_also_where_our_builder_was_imported_first(module):
+    run_python(f"""
+        from deepspeed_ds4sci import plugin
+        seen = []
+        plugin.HOOKS["deepspeed.git_version_info"] = lambda module: seen.append(plugin._builder_class())
+        import deepspeed_ds4sci.op_builder.{module}
+        assert seen[0] is None, "DeepSpeed was imported half way through our module"
+        assert seen[-1] is deepspeed_ds4sci.op_builder.evoformer_attn.EvoformerAttnBuilder
+    """)
+
+
+def test_a_module_that_is_being_imported_runs_its_own_hook_later(monkeypatch):
+    half = types.ModuleType("deepspeed.ops.op_builder.all_ops")
+    half.__spec__ = types.SimpleNamespace(_initializing=True)
+    ran = []
+    monkeypatch.setattr(plugin, "_run_hook", lambda name, module: ran.append(name))
+    monkeypatch.setitem(sys.modules, half.__name__, half)
+    plugin._hook_own_builder(None)
+    assert half.__name__ not in ran
+    half.__spec__._initializing = False
+    plugin._hook_own_builder(None)
+    assert half.__name__ in ran
+
+
+def test_a_hooked_loader_can_be_copied():
+    loader = plugin._HookedLoader(importlib.machinery.SourceFileLoader("name", "path.py"))
+    assert copy.copy(loader).path == loader.path == "path.py"
+    for name in ("_loader", "__setstate__"):
+        with pytest.raises(AttributeError, match=f"'_HookedLoader' object has no attribute '{name}'"):
+            getattr(plugin._HookedLoader.__new__(plugin._HookedLoader), name)
 
 
 def test_find_spec_works_on_hooked_modules():

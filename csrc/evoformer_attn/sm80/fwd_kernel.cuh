@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: o = softmax(scale q k^T + mask_bias + pair_bias) v for kBlockM queries of kRows rows, key tile by key tile.
+// Forward: o = softmax(scale q k^T + mask_bias + pair_bias) v for kBlockM queries of kRows rows, key tile by key tile;
+// with a gate times its sigmoid.
 #pragma once
 #include "bias.h"
+#include "gate.h"
 #include "kernel_params.h"
 #include "sm80/tile_config.h"
 #include "softmax.h"
@@ -142,6 +144,10 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kMinBlocks)
         const RowLocation& row = rows[r];
         const int q = q0 + warp * 16;
         const int valid = row.valid ? p.q_len - q : 0;
+        if (p.gate != nullptr) {
+            apply_gate<T, kHeadDim>(o[r], row.template in<T>(p.gate, p.gate_stride, item.head) + q * p.gate_stride.l,
+                                    p.gate_stride.l, valid, p.head_dim, lane);
+        }
         store_accumulator<T, kHeadDim>(
             row.template out<T>(p, p.o, p.q_len, item.head) + static_cast<int64_t>(q) * p.heads * p.head_dim,
             static_cast<int64_t>(p.heads) * p.head_dim, valid, p.head_dim, query_of(r) + warp * 16 * Tile::kPitch,

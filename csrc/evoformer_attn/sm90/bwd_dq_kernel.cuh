@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
                 record.out = rows[r].template out<T>(p, p.dq, p.q_len, item.head) +
                              static_cast<int64_t>(q0) * p.heads * p.head_dim;
                 record.stats = rows[r].head_row(p, item.head) * p.q_len_padded + q0;
-                record.refs = kPair ? pair_row(p, p.pair_ref, item) + q0 : nullptr;
+                record.source = kPair ? pair_row(p, p.pair_ref, item) + q0 : nullptr;
                 record.valid = rows[r].valid ? p.q_len - q0 : 0;
                 store_record(Tile::record(r, queries.stage), record);
                 queries.announce(Tile::kOwnBytes);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
         auto load_stats = [&] {
             const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, queries.stage));
             const int first = warp_row + quad;
-            const float* refs = record.refs + first;
+            const float* refs = static_cast<const float*>(record.source) + first;
             const uint32_t* aux = reinterpret_cast<const uint32_t*>(p.query_aux + record.stats + first) + pair;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {

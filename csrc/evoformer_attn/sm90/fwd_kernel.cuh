@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward on Hopper: o = softmax(scale q k^T + mask_bias + pair_bias) v for 128 queries of a few rows.
+// Forward on Hopper: o = softmax(scale q k^T + mask_bias + pair_bias) v for 128 queries of a few rows; with a gate
+// times its sigmoid.
 //
 // No running maximum: P = exp2(s - c) with c the row maximum of the pair bias is exact softmax as long as P and its
 // row sums stay in range. bf16 has fp32's range of exponents; fp16 has room for most rows. A row out of range marks
@@ -7,6 +8,7 @@
 // at once if there are none.
 #pragma once
 #include "bias.h"
+#include "gate.h"
 #include "sm90/key_stage.cuh"
 #include "softmax.h"
 
@@ -91,6 +93,9 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 ItemRecord record{};
                 record.out = rows[r].template out<T>(p, p.o, p.q_len, item.head) +
                              static_cast<int64_t>(q0) * p.heads * p.head_dim;
+                record.source = p.gate == nullptr
+                                    ? nullptr
+                                    : rows[r].template in<T>(p.gate, p.gate_stride, item.head) + q0 * p.gate_stride.l;
                 record.vector_out = static_cast<float*>(p.lse) + rows[r].head_row(p, item.head) * p.q_len + q0;
                 record.valid = rows[r].valid ? p.q_len - q0 : 0;
                 record.index = index;
@@ -265,6 +270,9 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             for (int half = 0; half < 2; ++half) {
                 const int q = half * kTileRows + warp_row, valid = record.valid - q;
                 softmax[half].finish();
+                if (record.source != nullptr)
+                    apply_gate<T, kHeadDim>(o[half], static_cast<const T*>(record.source) + q * p.gate_stride.l,
+                                            p.gate_stride.l, valid, p.head_dim, lane);
                 store_rows<T, kHeadDim>(static_cast<T*>(record.out) + q * stride, stride, valid, p.head_dim, o[half],
                                         softmax[half].normaliser(0), softmax[half].normaliser(1), lane);
                 if (pair == 0) {

@@ -46,10 +46,10 @@ struct QueryBlock : Shape {
 struct alignas(16) ItemRecord {
     void *out, *second_out;  // first row of the warpgroup's results: o; dq; dk and dv
     float* vector_out;       // lse; d(mask_bias)
-    int64_t stats;      // dQ: index of its first query in [B, N, H, q_len_padded]; dK, dV: of its first key in key_aux
-    const float* refs;  // dQ: pair_ref of its first query
-    int32_t valid;      // positions from the first one on; at most 0 for a row that does not exist
-    int32_t index;      // of the work item
+    int64_t stats;           // index of its first query in [B, N, H, q_len_padded] (dQ), key in key_aux (dK, dV)
+    const void* source;      // forward: gate of its first query, or null; dQ: pair_ref of it
+    int32_t valid;           // positions from the first one on; at most 0 for a row that does not exist
+    int32_t index;           // of the work item
 };
 
 // Shared memory of a block that runs through kRingStages stages and holds kBuffers sets of operands of its own

@@ -7,8 +7,9 @@
 
 The block is that of `deepspeed_ds4sci.nn` with AlphaFold's widths (c_m 256, c_z 128), dropout off, 10 % of both masks
 dropped: `block` on an alignment of 512 x 384, `pair-stack` alone at 768 residues. In eager PyTorch with attention by
-`ours` (the op), `eager` (matmul, softmax), `deepspeed` (DeepSpeed's op) and `flex` (FlexAttention, compiled); and
-compiled as a whole with `compile` (attention of `eager`), `ours+compile` and `flex+compile`.
+`ours` (the op, gate included), `ours-gate-apart` (the op without the gate, which PyTorch applies for all that follow,
+too), `eager` (matmul, softmax), `deepspeed` (DeepSpeed's op) and `flex` (FlexAttention, compiled); and compiled as a
+whole with `compile` (attention of `eager`), `ours+compile` and `flex+compile`.
 
 Every variant must first agree with an fp32 run of the definition, outputs and gradients. A variant without a time
 is a missing result, not a win; the reasons stand below the tables.

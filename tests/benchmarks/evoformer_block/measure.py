@@ -65,15 +65,15 @@ class BlockResult(Result):
         return plain
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, pair_bias: Tensor | None) -> Tensor:
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, pair_bias: Tensor | None, gate: Tensor) -> Tensor:
     """The definition of the op, some rows at a time, recomputed in the backward pass: large blocks fit in fp32."""
     rows, length, heads = q.shape[1:4]
     parts = min(rows, math.ceil(rows * heads * length**2 / EXACT_LOGITS))
 
-    def attend(q, k, v, keep):
-        return evoformer_attention(q, k, v, mask_bias=keep, pair_bias=pair_bias, implementation="reference")
+    def attend(q, k, v, keep, gate):
+        return evoformer_attention(q, k, v, mask_bias=keep, pair_bias=pair_bias, gate=gate, implementation="reference")
 
-    slices = zip(*(x.tensor_split(parts, dim=1) for x in (q, k, v, keep)), strict=True)
+    slices = zip(*(x.tensor_split(parts, dim=1) for x in (q, k, v, keep, gate)), strict=True)
     return torch.cat([checkpoint(attend, *part, use_reentrant=False) for part in slices], dim=1)
 
 

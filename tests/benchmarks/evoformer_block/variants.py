@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who computes the block's attention, and whether the whole block goes through torch.compile.
 
-An attention function here is `attend(q, k, v, keep, pair_bias)`: q, k, v views [B, N, L, H, D], keep bool
-[B, N, 1, 1, L], pair_bias [B, 1, H, L, L] or None; B = 1.
+An attention function here is `attend(q, k, v, keep, pair_bias, gate)`: q, k, v, gate views [B, N, L, H, D], keep bool
+[B, N, 1, 1, L], pair_bias [B, 1, H, L, L] or None; B = 1. Its output is times sigmoid(gate).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from tests.benchmarks.evoformer_block.problem import BlockCase
 from tests.benchmarks.peers import PEERS, Ours, deepspeed, flex
 from tests.benchmarks.peers.eager import eager_attention
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 @contextmanager
@@ -30,17 +30,30 @@ def attention_by(attend: Attend) -> Iterator[None]:
     The seam is the module's name for the op: whatever the four modules need passes through that one call.
     """
 
-    def op(q, k, v, *, mask_bias, pair_bias, implementation):
+    def op(q, k, v, *, mask_bias, pair_bias, gate, implementation):
         if implementation is not None:
             raise ValueError(f"implementation must be None where attention is exchanged, got {implementation!r}")
-        return attend(q, k, v, mask_bias, pair_bias)
+        return attend(q, k, v, mask_bias, pair_bias, gate)
 
     with mock.patch.object(block_attention, "evoformer_attention", op):
         yield
 
 
 def ours() -> Attend:
-    return lambda q, k, v, keep, pair_bias: evoformer_attention(q, k, v, mask_bias=keep, pair_bias=pair_bias)
+    return lambda q, k, v, keep, pair_bias, gate: evoformer_attention(
+        q, k, v, mask_bias=keep, pair_bias=pair_bias, gate=gate
+    )
+
+
+def gate_apart(attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Attend:
+    """`attend` without a gate, and plain PyTorch for the gate. The product has the layout of what `attend` returns."""
+    return lambda q, k, v, keep, pair_bias, gate: attend(q, k, v, keep, pair_bias) * torch.sigmoid(gate)
+
+
+def ours_gate_apart() -> Attend:
+    return gate_apart(
+        lambda q, k, v, keep, pair_bias: evoformer_attention(q, k, v, mask_bias=keep, pair_bias=pair_bias)
+    )
 
 
 def eager() -> Attend:
@@ -48,7 +61,7 @@ def eager() -> Attend:
         q, k, v = (x.transpose(2, 3) for x in (q, k, v))
         return eager_attention(q, k, v, additive_mask(keep, q.dtype), pair_bias).transpose(2, 3)
 
-    return attend
+    return gate_apart(attend)
 
 
 def flex_by(function: Callable) -> Attend:
@@ -62,7 +75,7 @@ def flex_by(function: Callable) -> Attend:
         o = function(q, k, v, score_mod=flex.score_function(bias, mask, rows))
         return o.transpose(1, 2).unflatten(0, (batch, rows))
 
-    return attend
+    return gate_apart(attend)
 
 
 def flex_compiled() -> Attend:
@@ -83,7 +96,7 @@ def deepspeed_own() -> Attend:
             o.register_hook(Tensor.contiguous)  # its wrapper makes the inputs contiguous, but not this gradient
         return o
 
-    return attend
+    return gate_apart(attend)
 
 
 def available(device_type: str) -> str | None:
@@ -124,6 +137,7 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant(OURS, ours, Ours(None).unavailable_reason),
+        Variant("ours-gate-apart", ours_gate_apart, Ours(None).unavailable_reason),
         Variant("eager", eager),
         Variant("deepspeed", deepspeed_own, PEERS["deepspeed"].unavailable_reason, dtypes=("bf16",)),
         Variant("flex", flex_compiled, PEERS["flex"].unavailable_reason),

@@ -16,7 +16,7 @@ class Call:
 
     Attributes:
         forward: runs the op and returns its output.
-        leaves: tensors to differentiate, by canonical name: "q", "k", "v" and, when wanted, "pair_bias".
+        leaves: tensors to differentiate, by canonical name: "q", "k", "v" and, when wanted, "pair_bias" and "gate".
         grad_output: gradient of the output, in its layout.
         canonical: (name, tensor) -> view in the canonical layout; names are those of `leaves`, and "o".
     """
@@ -33,6 +33,7 @@ class Peer:
     name: str
     has_backward = True
     shares_pair_bias = False  # takes one pair bias for all samples; without it, samples are handed over as rows
+    takes_gate = False  # can multiply its output by a sigmoid; without it, cases with a gate are not offered
     graph_reason: str | None = None  # why it cannot be captured in a CUDA graph; None: it can be tried
 
     def unavailable_reason(self, device_type: str) -> str | None:

@@ -8,13 +8,18 @@ from tests.benchmarks.peers.base import Call, Peer, leaf, wanted_leaves
 
 
 class Ours(Peer):
-    """`evoformer_attention` with a named implementation, or with the one it picks by itself."""
+    """`evoformer_attention` with a named implementation, or with the one it picks by itself.
+
+    fuses_gate: a gate is handed to the op; else plain PyTorch applies it to the op's output.
+    """
 
     shares_pair_bias = True
+    takes_gate = True
 
-    def __init__(self, implementation: str | None):
+    def __init__(self, implementation: str | None, fuses_gate: bool = True):
         self.implementation = implementation
-        self.name = f"ours[{implementation or 'default'}]"
+        self.fuses_gate = fuses_gate
+        self.name = f"ours[{implementation or 'default'}]{'' if fuses_gate else '-gate-apart'}"
 
     def unavailable_reason(self, device_type: str) -> str | None:
         from deepspeed_ds4sci import evoformer_attention
@@ -37,9 +42,14 @@ class Ours(Peer):
         mask_bias = inputs.mask_bias()
         pair_bias = None if inputs.pair_bias is None else leaf(inputs.pair_bias)
 
-        def forward():
-            return evoformer_attention(
-                q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, implementation=self.implementation
-            )
+        gate = None if inputs.gate is None else leaf(inputs.gate)
+        fused = gate if self.fuses_gate else None
 
-        return Call(forward, wanted_leaves(case, q, k, v, pair_bias), inputs.do.clone())
+        def forward():
+            o = evoformer_attention(
+                q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, gate=fused, implementation=self.implementation
+            )
+            return o if fused is gate else torch.sigmoid(gate) * o
+
+        leaves = wanted_leaves(case, q, k, v, pair_bias)
+        return Call(forward, leaves if gate is None else leaves | {"gate": gate}, inputs.do.clone())

@@ -91,9 +91,11 @@ def test_the_format_can_be_given(tmp_path):
         ("a.fasta", "one\nAC\n", ":1: expected '>name', got 'one'"),
         ("a.fasta", ">one\nAC\n>\nAC\n", ":3: expected a name after '>', got none"),
         ("a.fasta", ">one\nAC\n>two\n", ":3: 'two' has no sequence"),
-        ("a.fasta", ">one\nAC\n>one x\nAC\n", ":3: the name 'one' is there twice, first on line 1"),
         ("a.fasta", ">one\nAC\n>two\nACD\nE\n", ":3: 'two' has 4 columns, expected 2 as 'one' has"),
-        ("a.fasta", ">one\nAC*\n", ":1: 'one' has '\\*' at column 3"),
+        ("a.fasta", ">one\nA*C\n", ":1: 'one' has '\\*' at column 2"),
+        ("a.fasta", ">one\nAC**\n", ":1: 'one' has '\\*' at column 3"),
+        ("a.fasta", ">one\nA\0C\n", ":1: 'one' has '\\\\x00' at column 2"),
+        ("a.a3m", ">ss_pred\nHH\n", ":1: no sequences in the file"),
         ("a.fasta", ">one\nAé\n", ":1: 'one' has 'é' at column 2"),
         ("a.fasta", b">one\nA\xff\n", ":2: not text in UTF-8"),
         ("a.a3m", "#only\n\n#comments\n", ":3: no sequences after the comments"),
@@ -104,6 +106,25 @@ def test_what_is_wrong_is_named_with_file_and_line(tmp_path, name, text, message
     path = write(tmp_path, name, text)
     with pytest.raises(ValueError, match=f"{name}{message}"):
         read_alignment(path)
+
+
+@pytest.mark.parametrize(
+    "name, text, names, rows",
+    [
+        ("hits.a3m", ">q\nACD\n>U1 n=1\nA-D\n>U1 n=1\n--D\n>U1\nAC-\n", "q U1 U1#2 U1#3", "ACD A-D --D AC-"),
+        ("taken.fasta", ">a#2\nAC\n>a\nAD\n>a\nAE\n>a#2\nAF\n", "a#2 a a#3 a#2#2", "AC AD AE AF"),
+        ("complex.a3m", "#2,1\t1,1\n>101\t102\nACD\n>101\nAC-\n\n>101\nAC-\n", "101 101#2 101#3", "ACD AC- AC-"),
+        ("joined.a3m", ">101\nACD\n\0>102\nAC-\n\0", "101 102", "ACD AC-"),
+        ("hhblits.a3m", ">ss_pred PSIPRED\nCHH\n>ss_conf PSIPRED\n987\n>q\nACD\n>sa_1\nAC-\n", "q sa_1", "ACD AC-"),
+        ("dssp.a3m", ">ss_dssp\nCHH\n>ss_dssp\nCHH\n>sa_pred\nCHH\n>q\nACD\n", "q", "ACD"),
+        ("no_hh_suite.fasta", ">ss_pred\nACD\n", "ss_pred", "ACD"),
+        ("ends.fasta", ">a\nAC\nD*\n>b\nA-D*\n", "a b", "ACD A-D"),
+    ],
+)
+def test_what_programs_write_is_read(tmp_path, name, text, names, rows):
+    alignment = read_alignment(write(tmp_path, name, text))
+    assert alignment.names == tuple(names.split())
+    assert [decode(row) for row in alignment.tokens] == rows.split()
 
 
 def test_given_stockholm_needs_its_header(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from deepspeed_ds4sci import nn as ds4sci_nn
+from deepspeed_ds4sci.nn.attention import GatedAttention
 from tests.unit.nn import naive_evoformer as naive
 from tests.unit.nn.helpers import C_M, C_Z, HEADS_MSA, HEADS_PAIR, make_block, make_inputs, make_stack, randomise
 
@@ -151,8 +152,8 @@ def test_ending_node_is_the_starting_node_on_the_transposed_pair_representation(
 def test_attention_along_rows_hands_views_to_the_op(case, monkeypatch):
     seen = {}
 
-    def record(q, k, v, **biases):
-        seen.update(q=q, k=k, v=v)
+    def record(q, k, v, *, gate, **biases):
+        seen.update(q=q, k=k, v=v, gate=gate)
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
 
     monkeypatch.setattr("deepspeed_ds4sci.nn.attention.evoformer_attention", record)
@@ -161,6 +162,24 @@ def test_attention_along_rows_hands_views_to_the_op(case, monkeypatch):
     for name, tensor in seen.items():
         assert tensor.stride(-1) == 1, name
         assert tensor.transpose(1, 2).is_contiguous() and not tensor.is_contiguous(), name
+
+
+@pytest.mark.parametrize("attend_rows", [False, True])
+def test_attention_keeps_q_k_v_gate_and_one_output(attend_rows):
+    """The op and the projection after it share the gated output; nobody keeps the ungated one or the sigmoid."""
+    module = GatedAttention(12, 4, 2, **TILED)
+    x = torch.randn(1, 5, 7, 12, requires_grad=True)
+    kept = set()
+
+    def note(tensor):
+        if tensor.numel() == 5 * 7 * 4 * 2:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        update = module(x, attend_rows=attend_rows)
+    assert len(kept) == 5
+    assert update.shape == x.shape
 
 
 def test_implementation_is_passed_on_to_every_attention(monkeypatch):

@@ -118,7 +118,7 @@ def test_no_copy_of_q_for_two_leading_axes(monkeypatch):
     monkeypatch.setattr("deepspeed_ds4sci.compat.evoformer_attention", attend)
     inputs = make_inputs(AttentionShape("square", 2, 6, 6, 6, 4, 8, ""), layout="ending_node", pair="transposed")
     DS4Sci_EvoformerAttention(inputs.q, inputs.k, inputs.v, [inputs.mask_bias, inputs.pair_bias])
-    assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in inputs.tensors()]
+    assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in inputs.tensors()[:5]]
 
 
 class TestOpenFold:
@@ -213,7 +213,7 @@ def test_autocast():
 
 def test_compile_without_graph_breaks():
     inputs = make_inputs(SHAPE)
-    tensors = inputs.tensors()
+    *tensors, _ = inputs.tensors()
 
     def model(q, k, v, mask_bias, pair_bias):
         return DS4Sci_EvoformerAttention(q, k, v, [mask_bias, pair_bias])

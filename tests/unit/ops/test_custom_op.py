@@ -15,27 +15,28 @@ from deepspeed_ds4sci.ops.reference import REFERENCE
 from deepspeed_ds4sci.ops.tiled import TILED
 from tests.helpers.inputs import make_inputs
 from tests.helpers.numerics import run, run_op
+from tests.helpers.processes import run_python
 from tests.helpers.shapes import AttentionShape
 
 SHAPE = AttentionShape("op", 2, 3, 5, 7, 2, 4, "small and odd")
-BIASES = [
-    ("none", "none"),
-    ("additive", "none"),
-    ("bool", "none"),
-    ("none", "contiguous"),
-    ("additive", "contiguous"),
-    ("bool", "one_head"),
-    ("shared", "shared_samples"),
-    ("expanded", "transposed"),
+OPTIONS = [  # mask, pair, gate
+    ("none", "none", None),
+    ("none", "none", "contiguous"),
+    ("additive", "none", None),
+    ("bool", "none", None),
+    ("none", "contiguous", None),
+    ("additive", "contiguous", None),
+    ("additive", "contiguous", "unaligned"),
+    ("bool", "one_head", "contiguous"),
+    ("shared", "shared_samples", None),
+    ("expanded", "transposed", None),
 ]
 FORWARD = torch.ops.deepspeed_ds4sci.evoformer_attn_fwd.default
 BACKWARD = torch.ops.deepspeed_ds4sci.evoformer_attn_bwd.default
 
 
 def attend(inputs, **options):
-    return evoformer_attention(
-        inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=inputs.pair_bias, **options
-    )
+    return evoformer_attention(**inputs.named(), **options)
 
 
 def all_gradients(o, inputs):
@@ -43,9 +44,9 @@ def all_gradients(o, inputs):
 
 
 @pytest.mark.parametrize("implementation", ["", "reference"])
-@pytest.mark.parametrize("mask, pair", BIASES)
-def test_opcheck(mask, pair, implementation):
-    inputs = make_inputs(SHAPE, mask=mask, pair=pair)
+@pytest.mark.parametrize("mask, pair, gate", OPTIONS)
+def test_opcheck(mask, pair, gate, implementation):
+    inputs = make_inputs(SHAPE, mask=mask, pair=pair, gate=gate)
     opcheck(FORWARD, (*inputs.tensors(), 0.5, implementation))
     detached = tuple(None if x is None else x.detach() for x in inputs.tensors())
     o, lse = FORWARD(*detached, 0.5, implementation)
@@ -69,16 +70,17 @@ def test_opcheck_of_views(layout):
     opcheck(FORWARD, (*inputs.tensors(), 0.5, ""))
 
 
-@pytest.mark.parametrize("mask, pair", [("additive", "contiguous"), ("bool", "none"), ("none", "shared_samples")])
-def test_first_and_second_derivatives_of_the_tiled_path(mask, pair):
-    inputs = make_inputs(
-        AttentionShape("tiny", 2, 1, 2, 3, 1, 2, "numerical derivatives"), torch.float64, mask=mask, pair=pair
-    )
+@pytest.mark.parametrize(
+    "mask, pair, gate",
+    [("additive", "contiguous", "contiguous"), ("bool", "none", None), ("none", "shared_samples", None)],
+)
+def test_first_and_second_derivatives_of_the_tiled_path(mask, pair, gate):
+    shape = AttentionShape("tiny", 2, 1, 2, 3, 1, 2, "numerical derivatives")
+    inputs = make_inputs(shape, torch.float64, mask=mask, pair=pair, gate=gate)
     tensors = inputs.differentiable()
 
     def function(*values):
-        given = dict(zip(("q", "k", "v", "mask_bias", "pair_bias"), inputs.tensors(), strict=True))
-        given |= dict(zip(tensors, values, strict=True))
+        given = inputs.named() | dict(zip(tensors, values, strict=True))
         return evoformer_attention(**given, implementation="tiled")
 
     assert gradcheck(function, tuple(tensors.values()))
@@ -86,11 +88,12 @@ def test_first_and_second_derivatives_of_the_tiled_path(mask, pair):
 
 
 def test_a_gradient_penalty_reaches_the_inputs():
-    inputs = make_inputs(SHAPE, torch.float64)
+    inputs = make_inputs(SHAPE, torch.float64, gate="contiguous")
     penalties = []
     for implementation in ("tiled", "reference"):
-        (dq,) = torch.autograd.grad(attend(inputs, implementation=implementation).sum(), inputs.q, create_graph=True)
-        penalties.append(torch.autograd.grad(dq.square().sum(), inputs.tensors()))
+        o = attend(inputs, implementation=implementation)
+        dq, dgate = torch.autograd.grad(o.sum(), (inputs.q, inputs.gate), create_graph=True)
+        penalties.append(torch.autograd.grad(dq.square().sum() + dgate.square().sum(), inputs.tensors()))
     for tiled, reference in zip(*penalties, strict=True):
         torch.testing.assert_close(tiled, reference)
 
@@ -104,12 +107,15 @@ def test_third_derivatives():
     assert gradgradcheck(slope, (x,))
 
 
-@pytest.mark.parametrize("mask, pair", [("additive", "contiguous"), ("bool", "none"), ("none", "expanded")])
-def test_compile_without_graph_breaks(mask, pair):
-    inputs = make_inputs(SHAPE, mask=mask, pair=pair)
+@pytest.mark.parametrize(
+    "mask, pair, gate",
+    [("additive", "contiguous", "unaligned"), ("bool", "none", None), ("none", "expanded", "contiguous")],
+)
+def test_compile_without_graph_breaks(mask, pair, gate):
+    inputs = make_inputs(SHAPE, mask=mask, pair=pair, gate=gate)
 
-    def model(q, k, v, mask_bias, pair_bias):
-        return evoformer_attention(q * 2, k, v, mask_bias=mask_bias, pair_bias=pair_bias).sin()
+    def model(q, k, v, mask_bias, pair_bias, gate):
+        return evoformer_attention(q * 2, k, v, mask_bias=mask_bias, pair_bias=pair_bias, gate=gate).sin()
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected, actual = model(*inputs.tensors()), compiled(*inputs.tensors())
@@ -119,12 +125,14 @@ def test_compile_without_graph_breaks(mask, pair):
 
 
 def test_compile_with_inductor_and_changing_sizes():
-    compiled = torch.compile(
-        lambda q, k, v, p: evoformer_attention(q, k, v, pair_bias=p) + 1, fullgraph=True, dynamic=True
-    )
+    def model(q, k, v, pair_bias, gate):
+        return evoformer_attention(q, k, v, pair_bias=pair_bias, gate=gate) + 1
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for length in (5, 9, 12):
-        inputs = make_inputs(AttentionShape("dynamic", 1, 3, length, length, 2, 4, "sizes change"), mask="none")
-        actual = compiled(inputs.q, inputs.k, inputs.v, inputs.pair_bias)
+        shape = AttentionShape("dynamic", 1, 3, length, length, 2, 4, "sizes change")
+        inputs = make_inputs(shape, mask="none", gate="contiguous")
+        actual = compiled(inputs.q, inputs.k, inputs.v, inputs.pair_bias, inputs.gate)
         assert torch.equal(actual, attend(inputs) + 1)
         for got, want in zip(all_gradients(actual, inputs), all_gradients(attend(inputs), inputs), strict=True):
             torch.testing.assert_close(got, want)
@@ -132,11 +140,11 @@ def test_compile_with_inductor_and_changing_sizes():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(use_reentrant):
-    inputs = make_inputs(SHAPE)
-    names = ("q", "k", "v")
+    inputs = make_inputs(SHAPE, gate="contiguous")
+    names = ("q", "k", "v", "gate")
 
-    def block(q, k, v, mask_bias, pair_bias):
-        return evoformer_attention(q, k, v, mask_bias=mask_bias, pair_bias=pair_bias)
+    def block(q, k, v, mask_bias, pair_bias, gate):
+        return evoformer_attention(q, k, v, mask_bias=mask_bias, pair_bias=pair_bias, gate=gate)
 
     o = checkpoint(block, *inputs.tensors(), use_reentrant=use_reentrant)
     expected = run_op(inputs)
@@ -153,8 +161,9 @@ def all_gradients_of(o, inputs, use_reentrant):
     return tuple(x.grad for x in inputs.differentiable().values())
 
 
-def test_the_gradient_of_a_sum_has_zero_strides():
-    inputs = make_inputs(SHAPE)
+@pytest.mark.parametrize("gate", [None, "contiguous"])
+def test_the_gradient_of_a_sum_has_zero_strides(gate):
+    inputs = make_inputs(SHAPE, gate=gate)
     inputs.do = torch.ones(()).expand(inputs.q.shape)
     expected = run(evoformer_attention, inputs)
     actual = torch.autograd.grad(attend(inputs).sum(), list(inputs.differentiable().values()))
@@ -164,7 +173,7 @@ def test_the_gradient_of_a_sum_has_zero_strides():
 
 @pytest.mark.parametrize("layout", ["ending_node", "unaligned", "strided_last"])
 def test_a_gradient_in_any_layout(layout):
-    inputs, other = make_inputs(SHAPE), make_inputs(SHAPE, layout=layout)
+    inputs, other = make_inputs(SHAPE, gate="contiguous"), make_inputs(SHAPE, layout=layout)
     expected = run_op(inputs)
     inputs.do = other.do
     for name, tensor in run_op(inputs).tensors.items():
@@ -227,13 +236,13 @@ def test_a_boolean_mask_has_no_gradient():
     tensors = tuple(None if x is None else x.detach() for x in inputs.tensors())
     o, lse = FORWARD(*tensors, 0.5, "")
     with pytest.raises(ValueError, match="mask_bias must be a float tensor to have a gradient, got torch.bool"):
-        BACKWARD(inputs.do, *tensors, o, lse, 0.5, "", [False, False, False, True, False])
+        BACKWARD(inputs.do, *tensors, o, lse, 0.5, "", [False, False, False, True, False, False])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 class TestAutocast:
     def test_products_run_in_the_autocast_dtype(self, dtype):
-        inputs = make_inputs(SHAPE)
+        inputs = make_inputs(SHAPE, gate="contiguous")
         with torch.autocast("cpu", dtype=dtype):
             o = attend(inputs)
         rounded = evoformer_attention(
@@ -242,19 +251,20 @@ class TestAutocast:
             inputs.v.to(dtype),
             mask_bias=inputs.mask_bias,
             pair_bias=inputs.pair_bias,
+            gate=inputs.gate.to(dtype),
         )
         assert o.dtype == dtype
         assert torch.equal(o, rounded)
 
     def test_gradients_have_the_dtypes_of_the_inputs(self, dtype):
-        inputs = make_inputs(SHAPE)
+        inputs = make_inputs(SHAPE, gate="contiguous")
         with torch.autocast("cpu", dtype=dtype):
             grads = all_gradients(attend(inputs), inputs)  # backward inside the region too
         assert {grad.dtype for grad in grads} == {torch.float32}
 
     @pytest.mark.parametrize("implementation", ["tiled", "reference"])
     def test_sums_inside_stay_fp32(self, dtype, implementation):
-        inputs = make_inputs(SHAPE, dtype)
+        inputs = make_inputs(SHAPE, dtype, gate="contiguous")
         expected = run_op(inputs, implementation)
         with torch.autocast("cpu", dtype=dtype):
             actual = run_op(inputs, implementation)
@@ -307,6 +317,27 @@ def test_reduced_precision_of_fp32_products_is_off_inside_and_restored(device_ty
         matmul.fp32_precision = before
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("inherited", [True, False])
+def test_an_inherited_precision_stays_inherited(device_type, inherited):
+    """A process of its own: torch checks these settings against each other."""
+    run_python(f"""
+        import torch
+        from deepspeed_ds4sci.ops._precision import own_precision
+        matmul = torch.backends.{"cuda" if device_type == "cuda" else "mkldnn"}.matmul
+        if {inherited}:
+            matmul.fp32_precision = "none"
+            torch.backends.fp32_precision = "tf32"
+        else:
+            matmul.fp32_precision = "tf32"
+        with own_precision("{device_type}"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == ("ieee" if {inherited} else "tf32")
+    """)
+
+
 class Settings(TorchDispatchMode):
     """Notes under which settings operations run."""
 
@@ -321,7 +352,7 @@ class Settings(TorchDispatchMode):
 
 @pytest.mark.parametrize("entry", [TILED, REFERENCE], ids=lambda entry: entry.name)
 def test_implementations_of_torch_products_set_it(entry):
-    inputs = make_inputs(SHAPE, torch.float32)
+    inputs = make_inputs(SHAPE, torch.float32, gate="contiguous")
     tensors = tuple(x.detach() for x in inputs.tensors())
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
@@ -330,7 +361,7 @@ def test_implementations_of_torch_products_set_it(entry):
             with Settings() as forward:
                 o, lse = entry.forward(*tensors, 0.5)
             with Settings() as backward:
-                entry.backward(inputs.do, *tensors, o, lse, 0.5, (True,) * 5)
+                entry.backward(inputs.do, *tensors, o, lse, 0.5, (True,) * 6)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
     assert forward.seen == backward.seen == {(False, "ieee")}

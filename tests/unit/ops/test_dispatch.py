@@ -10,6 +10,7 @@ from deepspeed_ds4sci.ops import _dispatch, _extension, sm80, sm90
 from deepspeed_ds4sci.ops._dispatch import (
     SM90_MIN_QUERIES,
     SM90_MIN_ROWS,
+    Missing,
     Problem,
     Unavailable,
     choose,
@@ -17,6 +18,7 @@ from deepspeed_ds4sci.ops._dispatch import (
     implementations,
     problem_of,
 )
+from tests.helpers.processes import run_python
 
 CPU = Problem("cpu", None, torch.float32, 1, 4, 16, 16, 2, 8)
 H100 = Problem("cuda", (9, 0), torch.bfloat16, 1, 512, 512, 512, 4, 32, torch.bfloat16, 1, 32**-0.5)
@@ -243,6 +245,63 @@ def test_a_library_for_other_gpus_leaves_sm80(compiled, caplog):
     ]
     with pytest.raises(NotImplementedError, match="cannot run this problem: not compiled"):
         choose(H100, "sm90")
+
+
+@pytest.mark.parametrize(
+    ("missing", "changes", "level", "chosen"),
+    [
+        (("sm90", "sm80"), {}, logging.WARNING, "tiled"),
+        (("sm90", "sm80"), {"rows": 1}, logging.WARNING, "tiled"),
+        (("sm90",), {}, logging.WARNING, "sm80"),
+        (("sm90",), {"rows": 1}, logging.INFO, "sm80"),  # sm90 would be slower
+        (("sm90", "sm80"), {"head_dim": 128, "dtype": torch.float64}, logging.INFO, "tiled"),
+        (("sm90", "sm80"), {"device_type": "cpu", "capability": None}, logging.INFO, "tiled"),
+        ((), {"dtype": torch.float32}, logging.INFO, "sm80"),
+    ],
+)
+def test_a_missing_library_is_a_warning_on_cuda(compiled, caplog, missing, changes, level, chosen):
+    """Of one rank it would not be seen otherwise: lines below WARNING are shown for rank 0 only."""
+    compiled(*missing)
+    with caplog.at_level(logging.INFO, logger="deepspeed_ds4sci"):
+        assert choose(H100._replace(**changes)).name == chosen
+    (record,) = caplog.records
+    assert record.levelno == level, record.getMessage()
+
+
+def test_a_module_that_does_not_import_is_a_warning_on_cuda(table, caplog):
+    table(Unavailable("fast", "not there"), Fake("slow"), Fake("reference"))
+    choose(H100)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and record.getMessage().endswith('runs "slow"; not fast: not there')
+    assert isinstance(Unavailable("fast", "not there").unsupported_reason(CPU), Missing)
+
+
+def test_a_rank_that_lacks_the_library_says_so():
+    output = run_python(
+        """
+        import torch
+        from deepspeed_ds4sci.ops import _dispatch, sm80, sm90
+        sm80.missing_reason = sm90.missing_reason = lambda path: "waited 1800 s for the build lock"
+        sizes = (1, 256, 256, 256, 4, 32)
+        assert _dispatch.choose(_dispatch.Problem("cuda", (9, 0), torch.bfloat16, *sizes)).name == "tiled"
+        """,
+        RANK=1,
+    )
+    assert output == (
+        '[deepspeed_ds4sci] WARNING: evoformer_attention on cuda with compute capability 9.0 runs "tiled"; '
+        "not sm90: waited 1800 s for the build lock; not sm80: waited 1800 s for the build lock\n"
+    )
+
+
+def test_the_choice_of_a_layer_is_logged_too():
+    """`deepspeed_ds4sci.nn` reaches the op without a public name of the package and without DeepSpeed."""
+    output = run_python("""
+        import torch
+        from deepspeed_ds4sci.nn import TriangleAttentionStartingNode
+        for _ in range(2):
+            TriangleAttentionStartingNode(8, 4, 2)(torch.randn(1, 4, 4, 8))
+    """)
+    assert output.count('[deepspeed_ds4sci] INFO: evoformer_attention on cpu runs "tiled"') == 1, output
 
 
 def test_what_is_slower_is_logged_once_for_all_sizes(compiled, caplog):

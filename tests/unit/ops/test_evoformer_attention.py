@@ -18,9 +18,8 @@ SHAPE = AttentionShape("public", 2, 3, 5, 7, 4, 8, "no two axes alike")
 
 
 def arguments(**changes):
-    inputs = make_inputs(SHAPE)
-    given = dict(zip(("q", "k", "v", "mask_bias", "pair_bias"), inputs.tensors(), strict=True))
-    return {name: x if x is None else x.detach() for name, x in given.items()} | changes
+    named = make_inputs(SHAPE).named()
+    return {name: x if x is None else x.detach() for name, x in named.items()} | changes
 
 
 def zeros(*sizes, dtype=torch.float32, device="cpu"):
@@ -82,6 +81,18 @@ def zeros(*sizes, dtype=torch.float32, device="cpu"):
         ({"pair_bias": zeros(4, 5, 7)}, "pair_bias must be [B, 1, H, Lq, Lk] = [2, 1, 4, 5, 7], got [4, 5, 7]"),
         ({"pair_bias": zeros(2, 1, 4, 5, 7, dtype=torch.bool)}, "pair_bias must be torch.float32, got torch.bool"),
         ({"pair_bias": zeros(2, 1, 4, 5, 7, device="meta")}, "pair_bias must be on the device of q = cpu, got meta"),
+        ({"gate": 0.5}, "gate must be a torch.Tensor, got float"),
+        ({"gate": zeros(2, 3, 5, 4, 1)}, "gate must have the shape of q = [2, 3, 5, 4, 8], got [2, 3, 5, 4, 1]"),
+        ({"gate": zeros()}, "gate must have the shape of q = [2, 3, 5, 4, 8], got []"),
+        (
+            {"gate": zeros(2, 3, 5, 4, 8, dtype=torch.bfloat16)},
+            "gate must have the dtype of q = torch.float32, got torch.bfloat16",
+        ),
+        ({"gate": zeros(2, 3, 5, 4, 8, device="meta")}, "gate must be on the device of q = cpu, got meta"),
+        (
+            {"gate": zeros(2, 3, 5, 8, 4).transpose(3, 4)},
+            "gate must have stride 1 along its last axis, got strides [480, 160, 32, 1, 4]",
+        ),
         (
             {"implementation": "cudnn"},
             "implementation must be None or one of sm90, sm80, tiled, reference, got 'cudnn'",
@@ -153,6 +164,7 @@ def test_the_automatic_choice_is_logged_once(caplog):
     assert lines[0].startswith('evoformer_attention on cpu runs "tiled"; not sm90: ')
 
 
+@pytest.mark.parametrize("gate", [None, "contiguous"])
 @pytest.mark.parametrize("implementation", ["tiled", "reference"])
 @pytest.mark.parametrize(
     "shape",
@@ -166,8 +178,8 @@ def test_the_automatic_choice_is_logged_once(caplog):
     ],
     ids=str,
 )
-def test_empty_tensors_give_empty_results_and_zero_gradients(shape, implementation):
-    inputs = make_inputs(shape)
+def test_empty_tensors_give_empty_results_and_zero_gradients(shape, implementation, gate):
+    inputs = make_inputs(shape, gate=gate)
     results = run_op(inputs, implementation)
     assert results["o"].shape == inputs.q.shape
     for name, source in inputs.differentiable().items():
@@ -190,12 +202,12 @@ def test_the_output_is_contiguous(layout, implementation):
 
 def test_inputs_are_left_as_they_were():
     inputs, untouched = (
-        make_inputs(SHAPE, mask="minus_inf", pair="minus_inf"),
-        make_inputs(SHAPE, mask="minus_inf", pair="minus_inf"),
+        make_inputs(SHAPE, mask="minus_inf", pair="minus_inf", gate="contiguous"),
+        make_inputs(SHAPE, mask="minus_inf", pair="minus_inf", gate="contiguous"),
     )
     run_op(inputs)
-    for x, y in zip((*inputs.tensors(), inputs.do), (*untouched.tensors(), untouched.do), strict=True):
-        assert torch.equal(x, y)
+    for name, x in (inputs.named() | {"do": inputs.do}).items():
+        assert torch.equal(x, getattr(untouched, name)), name
 
 
 class TestExpandedPairBias:
@@ -258,7 +270,7 @@ class TestExpandedPairBias:
 def test_a_pair_bias_of_each_row(batch, mask, implementation):
     """As if every row were a problem of its own."""
     shape = AttentionShape("per-row", batch, 3, 5, 7, 2, 4, "rows with their own pair bias")
-    inputs = make_inputs(shape, torch.float64, mask=mask, pair="per_row")
+    inputs = make_inputs(shape, torch.float64, mask=mask, pair="per_row", gate="contiguous")
     results = run_op(inputs, implementation)
     for row in range(shape.rows):
         part = slice(row, row + 1)
@@ -269,9 +281,10 @@ def test_a_pair_bias_of_each_row(batch, mask, implementation):
             inputs.v[:, part],
             mask_bias=mask_bias,
             pair_bias=inputs.pair_bias[:, part],
+            gate=inputs.gate[:, part],
         )
         torch.testing.assert_close(results["o"][:, part], o.detach())
-        for name in ("q", "k", "v", "pair_bias"):
+        for name in ("q", "k", "v", "pair_bias", "gate"):
             tensor = getattr(inputs, name)
             expected = torch.autograd.grad(o, tensor, inputs.do[:, part], retain_graph=True)[0][:, part]
             torch.testing.assert_close(results[f"d{name}"][:, part], expected)
@@ -279,13 +292,14 @@ def test_a_pair_bias_of_each_row(batch, mask, implementation):
 
 def test_a_pair_bias_of_each_row_shared_by_samples():
     shape = AttentionShape("rows-shared", 2, 3, 5, 7, 2, 4, "rows with their own pair bias, the same in all samples")
-    inputs = make_inputs(shape, torch.float64, pair="per_row")
+    inputs = make_inputs(shape, torch.float64, pair="per_row", gate="contiguous")
     shared = inputs.pair_bias[:1].detach().requires_grad_()
     whole = shared.expand(2, -1, -1, -1, -1).clone()
     results = []
     for pair_bias in (shared, whole):
-        o = evoformer_attention(inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=pair_bias)
-        results.append((o, *torch.autograd.grad(o, (inputs.q, inputs.k, inputs.mask_bias, shared), inputs.do)))
+        o = evoformer_attention(**(inputs.named() | {"pair_bias": pair_bias}))
+        sources = (inputs.q, inputs.k, inputs.mask_bias, inputs.gate, shared)
+        results.append((o, *torch.autograd.grad(o, sources, inputs.do)))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
     assert results[0][0].is_contiguous()
@@ -299,7 +313,8 @@ class TestArgumentsLikeThoseOfAnEarlierCall:
         monkeypatch.setattr(entry, "_canonical", set())
 
     def make(self, **changes):
-        return {**arguments(mask_bias=zeros(2, 3, 1, 1, 7), pair_bias=zeros(2, 1, 4, 5, 7)), **changes}
+        given = {"mask_bias": zeros(2, 3, 1, 1, 7), "pair_bias": zeros(2, 1, 4, 5, 7), "gate": zeros(2, 3, 5, 4, 8)}
+        return arguments(**(given | changes))
 
     def test_are_not_checked_again(self, monkeypatch):
         expected = evoformer_attention(**self.make())
@@ -322,6 +337,10 @@ class TestArgumentsLikeThoseOfAnEarlierCall:
             {"pair_bias": zeros(2, 1, 3, 5, 7)},
             {"pair_bias": zeros(2, 1, 4, 5, 7, dtype=torch.bool)},
             {"pair_bias": zeros(2, 1, 4, 5, 7, device="meta")},
+            {"gate": zeros(2, 3, 5, 4, 9)},
+            {"gate": zeros(2, 3, 5, 4, 8, dtype=torch.bfloat16)},
+            {"gate": zeros(2, 3, 5, 4, 8, device="meta")},
+            {"gate": zeros(2, 3, 5, 8, 4).transpose(3, 4)},
             {"q": zeros(2, 3, 5, 4, 9)},
         ],
         ids=lambda change: "-".join((*change, *(str(getattr(x, "shape", x)) for x in change.values()))),

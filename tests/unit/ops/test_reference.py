@@ -38,8 +38,11 @@ def attention_by_loops(q, k, v, mask_bias, pair_bias, scale):
 def test_equals_the_formula_one_number_at_a_time():
     inputs = make_inputs(SMALL, FP64)
     with torch.no_grad():
-        expected = attention_by_loops(*inputs.tensors(), 0.7)
+        expected = attention_by_loops(*inputs.tensors()[:5], 0.7)
     torch.testing.assert_close(attention_and_lse(*inputs.tensors(), 0.7)[0].detach(), expected)
+    inputs.gate = torch.randn(inputs.q.shape, dtype=FP64)
+    gated = expected / (1 + torch.exp(-inputs.gate))
+    torch.testing.assert_close(attention_and_lse(*inputs.tensors(), 0.7)[0].detach(), gated)
 
 
 def test_lse_is_the_log_of_the_softmax_sum():
@@ -54,12 +57,8 @@ def _through_the_op(inputs):
     given = inputs.differentiable()
 
     def attend(*tensors):
-        q, k, v, *biases = tensors
-        names = list(given)[3:]
-        arguments = {"mask_bias": inputs.mask_bias, "pair_bias": inputs.pair_bias} | dict(
-            zip(names, biases, strict=True)
-        )
-        return evoformer_attention(q, k, v, **arguments, implementation="reference")
+        arguments = inputs.named() | dict(zip(given, tensors, strict=True))
+        return evoformer_attention(**arguments, implementation="reference")
 
     return attend, tuple(given.values())
 
@@ -67,39 +66,45 @@ def _through_the_op(inputs):
 @pytest.mark.parametrize("mask", ["none", "additive", "bool", "all_masked", "minus_inf", "shared"])
 @pytest.mark.parametrize("pair", ["none", "contiguous", "shared_samples", "one_head"])
 def test_first_derivatives_equal_numerical_ones(mask, pair):
-    attend, tensors = _through_the_op(make_inputs(SMALL, FP64, mask=mask, pair=pair))
+    gate = "contiguous" if pair == "contiguous" else None
+    inputs = make_inputs(SMALL, FP64, mask=mask, pair=pair, gate=gate)
     if mask in ("all_masked", "minus_inf"):  # a numerical derivative cannot step away from -inf
-        inputs = make_inputs(SMALL, FP64, mask=mask, pair=pair)
         inputs.mask_bias.requires_grad_(False)
-        attend, tensors = _through_the_op(inputs)
-    assert gradcheck(attend, tensors)
+    assert gradcheck(*_through_the_op(inputs))
 
 
 @pytest.mark.parametrize(
-    "mask, pair", [("none", "none"), ("additive", "contiguous"), ("bool", "one_head"), ("shared", "shared_samples")]
+    "mask, pair, gate",
+    [
+        ("none", "none", None),
+        ("none", "none", "contiguous"),
+        ("additive", "contiguous", None),
+        ("additive", "contiguous", "contiguous"),
+        ("bool", "one_head", None),
+        ("shared", "shared_samples", None),
+    ],
 )
-def test_second_derivatives_equal_numerical_ones(mask, pair):
-    attend, tensors = _through_the_op(make_inputs(TINY, FP64, mask=mask, pair=pair))
-    assert gradgradcheck(attend, tensors)
+def test_second_derivatives_equal_numerical_ones(mask, pair, gate):
+    assert gradgradcheck(*_through_the_op(make_inputs(TINY, FP64, mask=mask, pair=pair, gate=gate)))
 
 
 def test_second_derivatives_of_a_row_without_keys_are_zero():
     inputs = make_inputs(SMALL, FP64, mask="all_masked")
     o = evoformer_attention(inputs.q, inputs.k, inputs.v, mask_bias=inputs.mask_bias, pair_bias=inputs.pair_bias)
     dq, dk = torch.autograd.grad(o, (inputs.q, inputs.k), inputs.do, create_graph=True)
-    second = torch.autograd.grad(dq.square().sum() + dk.square().sum(), inputs.tensors())
+    second = torch.autograd.grad(dq.square().sum() + dk.square().sum(), list(inputs.differentiable().values()))
     assert all(torch.isfinite(x).all() for x in second)
     assert all(torch.count_nonzero(x[:, ::2]) == 0 for x in second[:4])
     assert all(torch.count_nonzero(x[:, 1::2]) > 0 for x in second[:4])
 
 
 def test_written_out_gradients_equal_autograd():
-    inputs = make_inputs(SMALL, FP64, mask="additive", pair="one_head")
+    inputs = make_inputs(SMALL, FP64, mask="additive", pair="one_head", gate="contiguous")
     expected = run(evoformer_attention_reference, inputs)
     scale = SMALL.head_dim**-0.5
     with torch.no_grad():
-        actual = reference_gradients(inputs.do, inputs.tensors(), scale, (True,) * 5)
-    for name, grad in zip(("dq", "dk", "dv", "dmask_bias", "dpair_bias"), actual, strict=True):
+        actual = reference_gradients(inputs.do, inputs.tensors(), scale, (True,) * 6)
+    for name, grad in zip(("dq", "dk", "dv", "dmask_bias", "dpair_bias", "dgate"), actual, strict=True):
         torch.testing.assert_close(grad, expected[name])
 
 

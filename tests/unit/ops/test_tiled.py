@@ -9,7 +9,7 @@ from deepspeed_ds4sci.ops import tiled
 from deepspeed_ds4sci.ops._dispatch import problem_of
 from deepspeed_ds4sci.ops.evoformer_attention import evoformer_attention
 from tests.helpers import shapes
-from tests.helpers.inputs import LAYOUTS, MASK_KINDS, PAIR_KINDS, make_inputs
+from tests.helpers.inputs import GATE_KINDS, LAYOUTS, MASK_KINDS, PAIR_KINDS, make_inputs
 from tests.helpers.numerics import check_against_eager, fp64_reference, run_op
 from tests.helpers.shapes import AttentionShape
 
@@ -88,6 +88,39 @@ def test_layouts(layout, dtype, small_tiles):
     check_against_eager(make_inputs(shape, dtype, layout=layout), "tiled")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("gate", GATE_KINDS)
+@pytest.mark.parametrize("mask", ["additive", "all_masked"])
+def test_gates(mask, gate, dtype, small_tiles):
+    shape = AttentionShape("square", 2, 40, 40, 72, 2, 24, "a transposed view needs N = Lq")
+    check_against_eager(make_inputs(shape, dtype, mask=mask, gate=gate), "tiled")
+
+
+@pytest.mark.parametrize("name", ["L1", "L17", "L257", "Lq1-Lk513", "Lq513-Lk1", "D5", "D128", "small-diffusion"])
+def test_gates_of_boundary_shapes(name):
+    shape = next(shape for shape in (*shapes.BOUNDARY, *shapes.SMALL_USES) if shape.name == name)
+    check_against_eager(make_inputs(shape, BF16, gate="contiguous"), "tiled")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("queries", "bias"), [(slice(None), 120.0), (5, 120.0), (5, 9.0)], ids=str)
+def test_gates_beside_a_key_with_all_the_weight(queries, bias, dtype, small_tiles):
+    """dP - delta is 0 there, or nearly; the gated output from which delta comes is rounded."""
+    inputs = make_inputs(SMALL, dtype, gate="contiguous")
+    with torch.no_grad():
+        inputs.pair_bias[..., queries, 50] = bias
+    check_against_eager(inputs, "tiled")
+
+
+def test_without_a_gate_of_ones_nothing_changes(small_tiles):
+    """sigmoid(100) is 1: the gated op's bits are those of the op without a gate."""
+    plain, gated = make_inputs(SMALL), make_inputs(SMALL)
+    gated.gate = torch.full_like(gated.q, 100.0)
+    expected = run_op(plain, "tiled")
+    for name, tensor in run_op(gated, "tiled").tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 @pytest.mark.parametrize("elements", [1, 1 << 10, 1 << 14, 1 << 22])
 @pytest.mark.parametrize("max_keys", [8, 24, 512])
 def test_any_tile_size_is_right(elements, max_keys, monkeypatch):
@@ -132,10 +165,10 @@ class TestInputsThatDefeatAStaticMaximum:
 
 
 @pytest.mark.parametrize(
-    "wanted", ["q", "k", "v", "mask_bias", "pair_bias", "q v", "k pair_bias", "mask_bias pair_bias"]
+    "wanted", ["q", "k", "v", "mask_bias", "pair_bias", "gate", "q v", "k pair_bias", "mask_bias pair_bias gate"]
 )
 def test_a_gradient_alone_equals_the_same_gradient_among_all(wanted, small_tiles):
-    inputs = make_inputs(SMALL)
+    inputs = make_inputs(SMALL, gate="contiguous")
     every = run_op(inputs, "tiled")
     for name, tensor in inputs.differentiable().items():
         tensor.requires_grad_(name in wanted.split())
@@ -156,7 +189,8 @@ def any_threads():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=dtype_id)
 def test_runs_are_bit_identical(dtype, threads, any_threads):
-    inputs = make_inputs(AttentionShape("repeat", 2, 9, 130, 700, 4, 32, "several tiles of the real size"), dtype)
+    shape = AttentionShape("repeat", 2, 9, 130, 700, 4, 32, "several tiles of the real size")
+    inputs = make_inputs(shape, dtype, gate="contiguous")
     torch.set_num_threads(threads)
     first = run_op(inputs, "tiled")
     for _ in range(3):
@@ -172,7 +206,7 @@ def test_runs_are_bit_identical(dtype, threads, any_threads):
 def test_heads_dealt_out_to_workers(threads, mask, pair, any_threads, monkeypatch):
     monkeypatch.setattr(tiled, "MIN_LOGITS_FOR_WORKERS", 1)
     torch.set_num_threads(threads)
-    assert_close_to_fp64(make_inputs(SMALL, FP64, mask=mask, pair=pair))
+    assert_close_to_fp64(make_inputs(SMALL, FP64, mask=mask, pair=pair, gate="contiguous"))
 
 
 def test_workers_under_inference_mode_and_for_views(any_threads, monkeypatch):
@@ -215,12 +249,12 @@ class _LargestTensor(TorchDispatchMode):
 def test_no_tensor_has_an_element_per_logit(any_threads):
     torch.set_num_threads(1)  # a dispatch mode sees its own thread only
     shape = AttentionShape("long", 1, 2, 1500, 1500, 4, 16, "logits of one row exceed a tile many times")
-    inputs = make_inputs(shape, pair="none")
+    inputs = make_inputs(shape, pair="none", gate="contiguous")
     with _LargestTensor() as seen:
-        arguments = (inputs.q, inputs.k, inputs.v, inputs.mask_bias, None)
+        arguments = (inputs.q, inputs.k, inputs.v, inputs.mask_bias, None, inputs.gate)
         with torch.no_grad():
             o, lse = tiled.TILED.forward(*arguments, 0.25)
-            tiled.TILED.backward(inputs.do, *arguments, o, lse, 0.25, (True, True, True, True, False))
+            tiled.TILED.backward(inputs.do, *arguments, o, lse, 0.25, (True, True, True, True, False, True))
     assert seen.largest <= 2 * tiled.TILE_ELEMENTS_PER_THREAD < shape.logits / 8
 
 
