@@ -24,6 +24,10 @@ class CheckpointOffload:
         self._stream = None
         self._latest = lambda: None  # weak reference to the tensor that left last
 
+    def __deepcopy__(self, memo):
+        """That of a copy of the model, which keeps its own."""
+        return CheckpointOffload()
+
     def of(self, tensor: torch.Tensor) -> saved_tensors_hooks:
         """A context in which `tensor`, where autograd saves it, is kept in CPU memory; other tensors stay."""
 

@@ -5,6 +5,7 @@ A model class that is not listed is refused by name; it may pool, generate or co
 a part of the sequence.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -70,11 +71,7 @@ class GenSLMFamily(Family):
 
     def prepare(self, model, state):
         self.attach(model, state)
-
-        def reduced(loss_sum, count):
-            return state.mean_loss(loss_sum, count, _trains(model))
-
-        state.handles.append(replace_attribute(model, "loss_reduction", reduced))
+        state.handles.append(replace_attribute(model, "loss_reduction", functools.partial(_mean_loss, model, state)))
 
     def attach(self, model, state):
         state.handles.append(replace_attribute(model, "attention", _BatchAttention(state)))
@@ -128,8 +125,8 @@ class _BatchAttention:
         return self.state.attention(q, k, v, **{**arguments, **self.state.built_mask()})
 
 
-def _trains(model):
-    return model.training and torch.is_grad_enabled()
+def _mean_loss(model, state, loss_sum, count):
+    return state.mean_loss(loss_sum, count, model.training and torch.is_grad_enabled())
 
 
 class _TokenDropout:

@@ -34,6 +34,12 @@ class EngineTable(ShardedPositionEmbedding):
     in_state_dict: torch.Tensor | bool | None = None
     """What state_dict() of the model has of the table: this tensor; nothing (None); or True: it is refused."""
 
+    def __deepcopy__(self, memo):
+        raise NotImplementedError(
+            f"a model whose position table is sharded cannot be copied: {self.name} is no parameter of it, so an "
+            "optimizer or a running average of the copy's parameters would leave it out; build another model"
+        )
+
     def hide(self):
         weight = self._parameters.pop("weight")
         object.__setattr__(self, "weight", weight)
@@ -59,9 +65,8 @@ class EngineTable(ShardedPositionEmbedding):
 
 @dataclass
 class _Replaced:
-    """A table, its name in the model, and the parameter group that its weight was in."""
+    """A table, and the parameter group that its weight was in."""
 
-    name: str
     table: EngineTable
     group_index: int
 
@@ -77,13 +82,14 @@ class PositionEmbeddingHook:
         _broadcast_rows(weight.data, context.groups)
         table = EngineTable.from_table(weight.data.float(), context.groups.sp_group)
         table.hide()
+        table.name = name
         table.output_dtype = context.model_dtype or weight.dtype
         table.weight.requires_grad_(weight.requires_grad)
         group_index = take_out(weight, context)
         parent, _, attribute = name.rpartition(".")
         mark_as_final(model, f"{name} was split over the ranks")
         setattr(model.get_submodule(parent), attribute, table)
-        context.extras[self.name] = _Replaced(name, table, group_index)
+        context.extras[self.name] = _Replaced(table, group_index)
         rows, dim = table.rows_per_rank, table.dim
         return Change(
             1,
@@ -100,8 +106,7 @@ class PositionEmbeddingHook:
             engine, replaced.table, context.groups, context.sequence.divisor, replaced.group_index
         )
         engine.ds4sci_table_optimizer = optimizer
-        engine.ds4sci_checkpoint.parts.append(TableCheckpoint(replaced.name, replaced.table, optimizer))
-        replaced.table.name = replaced.name
+        engine.ds4sci_checkpoint.parts.append(TableCheckpoint(replaced.table.name, replaced.table, optimizer))
         guard_state_dicts(engine, replaced.table)
 
 

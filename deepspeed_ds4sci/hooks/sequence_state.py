@@ -2,7 +2,8 @@
 """The state that ties a model's attention layers to its inputs and outputs, while sequences are split or while the
 attention of a model is not its own."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,6 +95,14 @@ class SequenceState:
     checked: bool = False
     """The engine has compared the batch in work over the group."""
     _formed: Any = None  # (batch, its cosines and sines)
+
+    def __deepcopy__(self, memo):
+        """That of a copy of the model: in the same process groups, without the batch in work."""
+        copied = memo[id(self)] = copy.copy(self)
+        copied.batch = copied._formed = None
+        copied.masks = None if self.masks is None else replace(self.masks, _latest=None)
+        copied.handles, copied.random, copied.rotary = copy.deepcopy((self.handles, self.random, self.rotary), memo)
+        return copied
 
     @property
     def divisor(self) -> int:

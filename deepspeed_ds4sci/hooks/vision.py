@@ -38,20 +38,13 @@ class ViTFamily(Family):
         self._keep_own_tokens(model, state)
 
     def _keep_own_tokens(self, model, state):
-        def keep_own_tokens(module, inputs, embedded):
-            local, state.batch = state.sharder.shard({"inputs_embeds": embedded})
-            return local["inputs_embeds"]
-
-        state.handles.append(self.embeddings(model).register_forward_hook(keep_own_tokens))
+        hook = functools.partial(_own_tokens, state)
+        state.handles.append(self.embeddings(model).register_forward_hook(hook))
 
     def prepare(self, model, state):
         super().prepare(model, state)
-
-        def put_together(module, inputs, normed):
-            batch, groups = state.batch, state.groups
-            return gather_sequence(normed, batch.layout, groups.sp_group, groups.sp_size)[:, : batch.seq_len]
-
-        state.handles.append(self.last_norm(model).register_forward_hook(put_together))
+        hook = functools.partial(_all_tokens, state)
+        state.handles.append(self.last_norm(model).register_forward_hook(hook))
 
     def shard(self, model, state, arguments):
         return arguments
@@ -75,6 +68,16 @@ class ViTFamily(Family):
             elif isinstance(value, torch.Tensor):
                 output[name] = scale_gradient(value, share)
         return output
+
+
+def _own_tokens(state, module, inputs, embedded):
+    local, state.batch = state.sharder.shard({"inputs_embeds": embedded})
+    return local["inputs_embeds"]
+
+
+def _all_tokens(state, module, inputs, normed):
+    batch, groups = state.batch, state.groups
+    return gather_sequence(normed, batch.layout, groups.sp_group, groups.sp_size)[:, : batch.seq_len]
 
 
 class TimmViTFamily(ViTFamily):

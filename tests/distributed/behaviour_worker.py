@@ -10,7 +10,6 @@ import torch.distributed as dist
 from tests.distributed import tiny_models
 from tests.distributed.engine_worker import Case, full, gradient, relative_error, scale_of
 from tests.helpers import timm_models
-from tests.unit.hooks.apply import traces
 
 
 def message_of(function, *args, **kwargs):
@@ -258,35 +257,6 @@ def _with_dropped_paths():
     return timm_models.load().create_model("vit_tiny_patch16_224", img_size=32, depth=2, drop_path_rate=0.1)
 
 
-def later_engines():
-    """A second engine without a block, a first one that a later hook refuses, and engines after a sharded table."""
-    found = {}
-    features = {
-        "attention": {"implementation": "tiled", "sliding_window": 3},
-        "activation_checkpointing": {"kind": "full"},
-        "tiling": {"mlp": 4, "loss": 4},
-    }
-    plain = {**Case("llama").ds_config(dist.get_world_size()), "ds4sci": {}}
-    for name in ("llama", "genslm-rotary", "esm", "vit"):
-        own = features if name != "vit" else {**features, "tiling": {"mlp": 4}}
-        model = tiny_models.build(name)
-        batch, before = tiny_models.batch(name, 2, 16, 0), traces(model)
-        expected = model(**batch).loss.item()
-        first, *_ = engine_of(case=Case(name, mode="ring", features=own), model=model)
-        changed = first(**batch).loss.item() != expected and traces(model) != before
-        second, *_ = engine_of(model=model, config=plain)
-        found[name] = changed, traces(model) == before, second(**batch).loss.item() == expected
-        found["first engine"] = message_of(first, **batch)
-    esm = tiny_models.build("esm")
-    before = traces(esm)
-    case = Case("esm", features={"attention_mask": {"kind": "causal"}})
-    found["refused by a later hook"] = message_of(engine_of, case=case, model=esm)
-    found["unchanged then"] = traces(esm) == before
-    model = engine_of(case=Case("gpt2", sharded_table=True))[0].module
-    found["after a table"] = message_of(engine_of, model=model, config=plain)
-    return found
-
-
 def client_optimizer():
     """The script's own optimizer, with two groups, holds the table that is replaced: errors after two steps."""
     model = tiny_models.build("gpt2")
@@ -381,6 +351,9 @@ def run(names_and_arguments):
     import deepspeed
     from deepspeed.utils import logger
 
+    from tests.distributed import removal_worker
+
     logger.setLevel("WARNING")
     deepspeed.init_distributed("gloo")
-    return {(name, *arguments): globals()[name](*arguments) for name, *arguments in names_and_arguments}
+    functions = {**globals(), **vars(removal_worker)}
+    return {(name, *arguments): functions[name](*arguments) for name, *arguments in names_and_arguments}

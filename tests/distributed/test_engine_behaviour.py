@@ -22,6 +22,7 @@ TWO_RANKS = [
     ("evaluation",),
     ("refusals",),
     ("later_engines",),
+    ("copies",),
     ("client_optimizer",),
     ("dropout",),
     ("bf16", 1),
@@ -170,6 +171,15 @@ def test_a_later_engine_starts_from_the_model_as_it_was(two_ranks):
     assert found["after a table"] == (
         "NotImplementedError: transformer.wpe was split over the ranks for an earlier engine, which cannot be undone; "
         "make a new model for a new engine"
+    )
+
+
+@pytest.mark.distributed(2)
+def test_a_copy_of_a_model_has_hooks_of_its_own(two_ranks):
+    errors, message = two_ranks[0]["copies",]
+    assert len(errors) == 4 and max(errors.values()) <= 2e-6
+    assert message.startswith(
+        "NotImplementedError: a model whose position table is sharded cannot be copied: transformer.wpe is no"
     )
 
 

@@ -56,9 +56,10 @@ def traces(model):
         )
         for name, module in model.named_modules()
     }
-    settings = [getattr(model, name, None) for name in ("mlp_tile", "loss_tile", "loss_reduction")]
-    own = type(getattr(model, "attention", None))
-    return modules, str(model.config), getattr(model.config, "_attn_implementation", None), settings, own
+    of_config = ("_attn_implementation", "window", "position_embedding", "rotary_scaling")
+    settings = {name: getattr(model.config, name, None) for name in of_config}
+    settings |= {name: getattr(model, name, None) for name in ("mlp_tile", "loss_tile", "loss_reduction")}
+    return modules, settings, type(getattr(model, "attention", None))
 
 
 def _is_ours(hook):

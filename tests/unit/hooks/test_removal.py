@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another engine on a model starts from the model as it was."""
+"""Another engine on a model starts from the model as it was; a copy of the model has hooks of its own."""
+
+import copy
 
 import pytest
 import torch
@@ -25,6 +27,8 @@ CASES = [
     ("vit", {"attention": {"implementation": "tiled"}, "tiling": {"mlp": 3}}),
 ]
 
+OFFLOADED = {"activation_checkpointing": {"kind": "full", "cpu_offload": True}}
+
 
 @pytest.mark.parametrize("name, features", CASES, ids=str)
 def test_a_model_without_its_hooks_is_the_plain_model(name, features):
@@ -36,6 +40,26 @@ def test_a_model_without_its_hooks_is_the_plain_model(name, features):
     (loss, gradients), (expected_loss, expected) = apply.train(hooked, batch), apply.train(model, batch)
     assert loss == expected_loss and gradients.keys() == expected.keys()
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name, features", [*CASES, ("llama", OFFLOADED)], ids=str)
+def test_a_copy_runs_and_recomputes_its_own_layers(name, features):
+    model, batch = tiny_models.build(name), tiny_models.batch(name, 2, 16, 0)
+    hooked, *_ = apply.with_hooks(model, **features)
+    loss, expected = apply.train(hooked, batch)  # the copy is made between two steps
+    copied = copy.deepcopy(hooked)
+    with torch.no_grad():
+        for parameter in hooked.parameters():
+            parameter.zero_()
+    hooked.zero_grad(set_to_none=True)
+    copied_loss, gradients = apply.train(copied, batch)
+    assert copied_loss == loss and gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    assert all(parameter.grad is None for parameter in hooked.parameters())
+    left = traces(hooked)
+    detach(copied)
+    assert traces(copied) == traces(model) and traces(hooked) == left
+    apply.assert_trains_like(copied, batch, model, batch)
 
 
 def test_the_hooks_of_a_part_are_found():
