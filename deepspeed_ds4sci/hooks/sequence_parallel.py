@@ -9,7 +9,7 @@ import torch
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.hooks.family import bound_arguments
-from deepspeed_ds4sci.hooks.sequence_state import RankRandom, new_state
+from deepspeed_ds4sci.hooks.sequence_state import RankRandom, new_state, refuse_other_recomputation
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
 from deepspeed_ds4sci.sequence.inputs import all_batches, same_batch
 
@@ -69,6 +69,8 @@ def named_arguments(model, args, kwargs) -> dict:
 
 
 def _shard_inputs(family, state, model, args, kwargs):
+    if model.training and torch.is_grad_enabled():
+        refuse_other_recomputation(model)
     arguments = named_arguments(model, args, kwargs)
     if not state.checked and not same_batch(arguments, state.groups.sp_group):
         raise ValueError(

@@ -184,7 +184,11 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
 
     Args:
         groups: of split sequences; None: this rank has whole sequences.
+
+    Raises:
+        NotImplementedError: see `refuse_other_recomputation`.
     """
+    refuse_other_recomputation(model)
     parallel, attention = context.config.sequence_parallel, context.config.attention
     mode = "ulysses" if groups is None else parallel.layout_mode()
     implementation = "auto" if attention.implementation == "fastest" else attention.implementation
@@ -204,3 +208,17 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
         handles=context.handles,
         window=attention.sliding_window,
     )
+
+
+def refuse_other_recomputation(model) -> None:
+    """Raises NotImplementedError for a model whose layers transformers or timm recomputes.
+
+    Another forward pass may come before the backward pass, and the recomputed layers would attend under its batch.
+    """
+    switches = ("gradient_checkpointing", "grad_checkpointing")  # transformers', timm's
+    if any(vars(module).get(switch) for module in model.modules() for switch in switches):
+        raise NotImplementedError(
+            f"the recomputation that {type(model).__name__} has of its own (gradient_checkpointing_enable, "
+            "set_grad_checkpointing) does not go with the attention of the ds4sci block: layers would be recomputed "
+            "with the batch of a later forward pass; disable it and set ds4sci.activation_checkpointing in the config"
+        )

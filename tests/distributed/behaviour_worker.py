@@ -221,6 +221,10 @@ def refusals():
     }
     engine.backward(engine(**batch).loss)  # after all of that it still works
 
+    engine.module.gradient_checkpointing_enable()
+    found["recomputation of transformers"] = message_of(engine, **batch)
+    found["recomputation at start"] = message_of(engine_of, model=engine.module)
+
     case = Case("gpt2")
     found["unknown model"] = message_of(engine_of, model=torch.nn.Linear(2, 2))
     found["mpu"] = message_of(engine_of, mpu=object())
