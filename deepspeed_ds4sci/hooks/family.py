@@ -124,6 +124,19 @@ class Family:
         """The global mean loss of a batch with labels; the output has it where the loss is formed in tiles."""
         return output["loss"] if "loss" in output else state.loss(output["logits"], training)
 
+    def refuse_other_losses(self, model: nn.Module, feature: str) -> None:
+        """Raises NotImplementedError for a model with a loss function in whose place the loss of the block's `feature`
+        would stand, if it is not the same."""
+        if not self.causal or not hasattr(model, "loss_function"):  # the others' classes call no exchangeable function
+            return
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        if model.loss_function is not ForCausalLMLoss:
+            raise NotImplementedError(
+                f"ds4sci.{feature} computes the cross entropy of transformers' ForCausalLMLoss, and "
+                f"{type(model).__name__} has a loss function of its own: {model.loss_function!r}"
+            )
+
     def prepare(self, model: nn.Module, state) -> None:
         """Points a model whose sequences are split at `state`. Raises NotImplementedError for a variant that cannot
         be split."""

@@ -52,7 +52,8 @@ def named_arguments(model, args, kwargs) -> dict:
     """See `families.bound_arguments`.
 
     Raises:
-        NotImplementedError: an argument that cannot be split over the sequence.
+        NotImplementedError: an argument that cannot be split over the sequence, or labels for a loss function of the
+            model's own.
     """
     arguments, family = bound_arguments(model, args, kwargs), family_of(model)
     for name, value in arguments.items():
@@ -63,6 +64,8 @@ def named_arguments(model, args, kwargs) -> dict:
         raise NotImplementedError(f"the argument {name!r} of {type(model).__name__} cannot be split over the sequence")
     if arguments.get("return_dict") is False:
         raise NotImplementedError("return_dict=False is not supported with ds4sci.sequence_parallel; leave it out")
+    if "labels" in arguments or "shift_labels" in arguments:
+        family.refuse_other_losses(model, "sequence_parallel")
     if not any(name in arguments for name in family.inputs):
         raise ValueError(f"{type(model).__name__} got no {' or '.join(family.inputs)}")
     return arguments

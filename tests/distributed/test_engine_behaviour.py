@@ -139,6 +139,8 @@ def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
         ("different batches without labels", "NotImplementedError: the ranks of a sequence group brought different"),
         ("mask of another length", "ValueError: attention_mask must have 16 tokens on axis 1, got shape (1, 15)"),
         ("three axes", "ValueError: attention_mask must be [B, S] or [B|1, H|1, S, S], got shape (1, 16, 16)"),
+        ("loss function", "NotImplementedError: ds4sci.sequence_parallel computes the cross entropy of transformers'"),
+        ("loss function without labels", "no error"),
         (
             "recomputation of transformers",
             "NotImplementedError: the recomputation that GPT2LMHeadModel has of its own",
