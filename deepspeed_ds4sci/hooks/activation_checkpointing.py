@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
+from deepspeed_ds4sci.hooks.removal import replace_attribute
 from deepspeed_ds4sci.sequence.kept import keeping_contexts
 from deepspeed_ds4sci.sequence.tiling import load_checkpointing
 
@@ -36,9 +37,10 @@ class ActivationCheckpointingHook:
         offload = context.extras[self.name] = CheckpointOffload() if block.cpu_offload else None
         for module, name in targets:
             forward = getattr(module, name)
-            setattr(module, name, _recomputed(forward, context, block.kind == "keep_attention", offload))
+            recomputed = _recomputed(forward, context.sequence, block.kind == "keep_attention", offload)
+            context.handles.append(replace_attribute(module, name, recomputed))
         if "use_cache" in inspect.signature(model.forward).parameters:
-            model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+            context.handles.append(model.register_forward_pre_hook(_without_cache, with_kwargs=True))
         where = "; what they start from waits in CPU memory" if block.cpu_offload else ""
         return Change(
             len(targets),
@@ -71,32 +73,32 @@ def _without_cache(model, args, kwargs):
     return args, {**kwargs, "use_cache": False}
 
 
-def _recomputed(forward, context, keep_attention, offload):
-    """`forward` under torch's checkpointing, with the batch of its own forward pass while it is computed again."""
+def _recomputed(forward, state, keep_attention, offload):
+    """`forward` of a module under torch's checkpointing, with the batch of its own forward pass while it is computed
+    again. A copy of the module gets one of its own: no closure, which would go on with the original's weights."""
+    run = functools.partial(_run, forward, state, keep_attention, offload)
+    return functools.update_wrapper(run, forward)
 
-    @functools.wraps(forward)
-    def wrapped(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        state = context.sequence
-        batch = None if state is None else state.batch
 
-        def run(hidden, *args, **kwargs):
-            if state is not None:
-                state.batch = batch
-            return forward(hidden, *args, **kwargs)
+def _run(forward, state, keep_attention, offload, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    batch = None if state is None else state.batch
 
-        # Layers are called with what they start from first; some models name it.
-        hidden, *args = args or (kwargs.pop("hidden_states"),)
-        contexts = keeping_contexts() if keep_attention else noop_context_fn()
-        with contextlib.nullcontext() if offload is None else offload.of(hidden):
-            output = checkpoint(run, hidden, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
-        if keep_attention and contexts[0].count == 0:
-            raise NotImplementedError(
-                'ds4sci.activation_checkpointing.kind = "keep_attention" met no attention whose output it can keep in '
-                f"{getattr(forward, '__qualname__', forward)}: it knows PyTorch's fused kernels and the tiled and "
-                'ring attention of this package; choose another ds4sci.attention.implementation, or kind "full"'
-            )
-        return output
+    def run(hidden, *args, **kwargs):
+        if state is not None:
+            state.batch = batch
+        return forward(hidden, *args, **kwargs)
 
-    return wrapped
+    # Layers are called with what they start from first; some models name it.
+    hidden, *args = args or (kwargs.pop("hidden_states"),)
+    contexts = keeping_contexts() if keep_attention else noop_context_fn()
+    with contextlib.nullcontext() if offload is None else offload.of(hidden):
+        output = checkpoint(run, hidden, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
+    if keep_attention and contexts[0].count == 0:
+        raise NotImplementedError(
+            'ds4sci.activation_checkpointing.kind = "keep_attention" met no attention whose output it can keep in '
+            f"{getattr(forward, '__qualname__', forward)}: it knows PyTorch's fused kernels and the tiled and "
+            'ring attention of this package; choose another ds4sci.attention.implementation, or kind "full"'
+        )
+    return output

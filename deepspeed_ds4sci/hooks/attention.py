@@ -7,10 +7,12 @@ sequences that one rank has whole.
 
 import functools
 
+import torch
+
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.hooks.family import bound_arguments
-from deepspeed_ds4sci.hooks.sequence_state import SequenceState, detach, new_state
+from deepspeed_ds4sci.hooks.sequence_state import SequenceState, new_state, refuse_other_recomputation
 from deepspeed_ds4sci.sequence.local_attention import unavailable_reason
 
 # What attention of ours has no answer to.
@@ -45,8 +47,7 @@ def attention_state(model, context) -> SequenceState:
     """
     if context.sequence is None:
         family = family_of(model)
-        detach(model)
-        state = context.sequence = model.ds4sci_sequence = new_state(model, context, None)
+        state = context.sequence = new_state(model, context, None)
         family.attach(model, state)
         read = functools.partial(_read_inputs, family, state)
         state.handles.append(model.register_forward_pre_hook(read, with_kwargs=True))
@@ -54,6 +55,8 @@ def attention_state(model, context) -> SequenceState:
 
 
 def _read_inputs(family, state, model, args, kwargs):
+    if model.training and torch.is_grad_enabled():
+        refuse_other_recomputation(model)
     arguments = bound_arguments(model, args, kwargs)
     for name in _REFUSED:
         if arguments.get(name, False) is not False:

@@ -24,6 +24,10 @@ class CheckpointOffload:
         self._stream = None
         self._latest = lambda: None  # weak reference to the tensor that left last
 
+    def __deepcopy__(self, memo):
+        """That of a copy of the model, which keeps its own."""
+        return CheckpointOffload()
+
     def of(self, tensor: torch.Tensor) -> saved_tensors_hooks:
         """A context in which `tensor`, where autograd saves it, is kept in CPU memory; other tensors stay."""
 
@@ -62,12 +66,17 @@ def _unpack(packed):
 
 
 class _Away:
-    """One tensor in CPU memory. `on_device` is set while it is also on the device: leaving, or fetched ahead."""
+    """One tensor in CPU memory. `on_device` is set while it is also on the device: leaving, or fetched ahead.
+
+    `owner` is the stream that it was made on. Its memory on the device is taken from and given back to this stream,
+    whichever thread lets go of it.
+    """
 
     def __init__(self, tensor, pool, stream, before):
         self.pool, self.stream, self.before = pool, stream, before
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.on_device = self.copied = self.slot = None
+        self.owner = None if stream is None else torch.cuda.current_stream(self.device)
         self.slot = pool.take(tensor.nbytes)
         if stream is None:
             self._host().copy_(tensor)
@@ -80,7 +89,9 @@ class _Away:
         if self.stream is None:
             return self._host().clone()
         self.fetch()
-        tensor = self.on_device
+        tensor, reader = self.on_device, torch.cuda.current_stream(self.device)
+        reader.wait_event(self.copied)
+        tensor.record_stream(reader)
         self.settle()
         before = self.before()
         if before is not None:
@@ -90,13 +101,14 @@ class _Away:
     def fetch(self):
         """Starts the copy to the device, unless it is there."""
         if self.on_device is None and self.stream is not None:
-            self.on_device = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            with torch.cuda.stream(self.owner):
+                self.on_device = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self._copy(self.on_device, self._host())
 
     def settle(self):
         """Lets go of the tensor on the device once no copy from or to it is under way."""
         if self.on_device is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.owner.wait_event(self.copied)
             self.on_device = None
 
     def _host(self):
@@ -104,7 +116,7 @@ class _Away:
 
     def _copy(self, target, source):
         # The source may still be written, or the target's memory read by its former owner.
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.stream.wait_stream(self.owner)
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
             self.copied = self.stream.record_event()

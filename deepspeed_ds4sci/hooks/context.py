@@ -25,6 +25,9 @@ class HookContext:
     model_parameters: list | None = None
     """The parameters or parameter groups that the script passed, as a list; None: all of the model's."""
 
+    handles: list[Any] = field(default_factory=list)
+    """What takes the hooks' changes out of the model again, by `remove()`, in the order they were made."""
+
     groups: SequenceGroups | None = None
     mpu: Any = None
     sequence: Any = None

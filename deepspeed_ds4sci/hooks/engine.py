@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed_ds4sci.config import check_combinations, read_block
 from deepspeed_ds4sci.hooks.context import HookContext
 from deepspeed_ds4sci.hooks.engine_checkpoint import install_checkpoint
+from deepspeed_ds4sci.hooks.removal import detach, remove_all
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +52,27 @@ def wrap_init(original):
         call = signature.bind(self, *args, **kwargs)
         deepspeed_config = call.arguments.get("config_class")
         config = getattr(deepspeed_config, "ds4sci", None)
+        model = call.arguments["model"]
+        detach(model)
         if config is None or not config.enabled():
             original(self, *args, **kwargs)
             return
-        context = _before(config, deepspeed_config, call.arguments)
-        original(*call.args, **call.kwargs)
-        install_checkpoint(self, context)
-        for hook in _enabled(config):
-            hook.after_engine(self, context)
+        handles = model.ds4sci_handles = []
+        try:
+            context = _before(config, deepspeed_config, call.arguments, handles)
+            original(*call.args, **call.kwargs)
+            install_checkpoint(self, context)
+            for hook in _enabled(config):
+                hook.after_engine(self, context)
+        except BaseException:
+            remove_all(handles)
+            raise
+        self.register_forward_pre_hook(functools.partial(_refuse_after_removal, handles))
 
     return __init__
 
 
-def _before(config, deepspeed_config, arguments):
+def _before(config, deepspeed_config, arguments, handles):
     model = arguments["model"]
     _refuse(model, arguments)
     _use_own_device(arguments.get("args"))
@@ -73,6 +82,7 @@ def _before(config, deepspeed_config, arguments):
         model_dtype=_model_dtype(deepspeed_config),
         client_optimizer=arguments.get("optimizer"),
         model_parameters=None if parameters is None else list(parameters),
+        handles=handles,
     )
     for hook in _enabled(config):
         change = hook.before_engine(model, context)
@@ -84,6 +94,14 @@ def _before(config, deepspeed_config, arguments):
     if context.mpu is not None:
         arguments["mpu"] = context.mpu
     return context
+
+
+def _refuse_after_removal(handles, engine, inputs):
+    if not handles:
+        raise RuntimeError(
+            f"{type(engine.module).__name__} was given to another engine, which has undone what the ds4sci block of "
+            "this one changed in it; use the new engine, or give each its own copy of the model"
+        )
 
 
 def _use_own_device(args):

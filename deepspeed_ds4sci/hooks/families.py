@@ -5,12 +5,14 @@ A model class that is not listed is refused by name; it may pool, generate or co
 a part of the sequence.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from deepspeed_ds4sci.hooks.family import Family, OnRemoval, trains
+from deepspeed_ds4sci.hooks.family import Family, trains
+from deepspeed_ds4sci.hooks.removal import replace_attribute
 from deepspeed_ds4sci.hooks.vision import TimmViTFamily, ViTFamily
 from deepspeed_ds4sci.models.genslm import shift_labels
 from deepspeed_ds4sci.sequence.inputs import ShardedBatch
@@ -69,20 +71,12 @@ class GenSLMFamily(Family):
 
     def prepare(self, model, state):
         self.attach(model, state)
-        original = model.loss_reduction
-        model.loss_reduction = lambda loss_sum, count: state.mean_loss(loss_sum, count, trains(model))
-        state.handles.append(OnRemoval(lambda: setattr(model, "loss_reduction", original)))
+        state.handles.append(replace_attribute(model, "loss_reduction", functools.partial(_mean_loss, model, state)))
 
     def attach(self, model, state):
-        attention, window = model.attention, model.config.window
-        model.attention = _BatchAttention(state)
+        state.handles.append(replace_attribute(model, "attention", _BatchAttention(state)))
         if state.window:
-            model.config = replace(model.config, window=state.window)
-
-        def undo():
-            model.attention, model.config = attention, replace(model.config, window=window)
-
-        state.handles.append(OnRemoval(undo))
+            state.handles.append(replace_attribute(model, "config", replace(model.config, window=state.window)))
 
     def shard(self, model, state, arguments):
         self.check_positions(model, arguments)
@@ -132,6 +126,10 @@ class _BatchAttention:
         return self.state.attention(q, k, v, **{**arguments, **self.state.built_mask()})
 
 
+def _mean_loss(model, state, loss_sum, count):
+    return state.mean_loss(loss_sum, count, trains(model))
+
+
 class _TokenDropout:
     """What EsmEmbeddings does with the attention mask and the masked tokens, with sums over the sequence group."""
 
@@ -142,11 +140,10 @@ class _TokenDropout:
         self.input_ids = None
 
     def install(self):
-        self.embeddings.token_dropout = False
         self.state.handles += [
+            replace_attribute(self.embeddings, "token_dropout", False),
             self.embeddings.word_embeddings.register_forward_hook(self._scale),
             self.embeddings.register_forward_hook(self._mask),
-            OnRemoval(lambda: setattr(self.embeddings, "token_dropout", self.active)),
         ]
 
     def _scale(self, module, inputs, output):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from deepspeed_ds4sci.hooks.removal import replace_attribute
 from deepspeed_ds4sci.sequence.position_table import check_position_ids
 
 ATTENTION_NAME = "ds4sci"
@@ -150,6 +151,19 @@ class Family:
         """The global mean loss of a batch with labels; the output has it where the loss is formed in tiles."""
         return output["loss"] if "loss" in output else state.loss(output["logits"], training)
 
+    def refuse_other_losses(self, model: nn.Module, feature: str) -> None:
+        """Raises NotImplementedError for a model with a loss function in whose place the loss of the block's `feature`
+        would stand, if it is not the same."""
+        if not self.causal or not hasattr(model, "loss_function"):  # the others' classes call no exchangeable function
+            return
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        if model.loss_function is not ForCausalLMLoss:
+            raise NotImplementedError(
+                f"ds4sci.{feature} computes the cross entropy of transformers' ForCausalLMLoss, and "
+                f"{type(model).__name__} has a loss function of its own: {model.loss_function!r}"
+            )
+
     def prepare(self, model: nn.Module, state) -> None:
         """Points a model whose sequences are split at `state`. Raises NotImplementedError for a variant that cannot
         be split."""
@@ -159,9 +173,10 @@ class Family:
         """Points the model's attention at `state`. Raises NotImplementedError for a variant whose attention differs
         from that of `state`."""
         register_attention()
-        for module in self.attention_modules(model):
-            module.ds4sci_sequence = state
-        model.config._attn_implementation = ATTENTION_NAME
+        state.handles += [
+            *(replace_attribute(module, "ds4sci_sequence", state) for module in self.attention_modules(model)),
+            replace_attribute(model.config, "_attn_implementation", ATTENTION_NAME),
+        ]
 
 
 def trains(model: nn.Module) -> bool:
@@ -188,22 +203,6 @@ class ShardedOutput:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         raise NotImplementedError(cls.MESSAGE)
-
-
-class OnRemoval:
-    """A handle, like those of module hooks, that runs a function when it is removed."""
-
-    def __init__(self, undo):
-        self._undo = undo
-
-    def remove(self):
-        self._undo()
-
-
-def remove_all(handles: list) -> None:
-    """Undoes what the handles stand for, the latest first, and empties the list."""
-    while handles:
-        handles.pop().remove()
 
 
 def _without_cache(model, arguments):

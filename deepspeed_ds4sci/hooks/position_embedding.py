@@ -12,6 +12,7 @@ from deepspeed_ds4sci.hooks.client_parameters import take_out
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.hooks.relative_positions import replace_positions
+from deepspeed_ds4sci.hooks.removal import mark_as_final
 from deepspeed_ds4sci.hooks.table_checkpoint import TableCheckpoint
 from deepspeed_ds4sci.hooks.table_optimizer import TableOptimizer
 from deepspeed_ds4sci.hooks.whole_table import guard_state_dicts
@@ -34,6 +35,12 @@ class EngineTable(ShardedPositionEmbedding):
 
     in_state_dict: torch.Tensor | bool | None = None
     """What state_dict() of the model has of the table: this tensor; nothing (None); or True: it is refused."""
+
+    def __deepcopy__(self, memo):
+        raise NotImplementedError(
+            f"a model whose position table is sharded cannot be copied: {self.name} is no parameter of it, so an "
+            "optimizer or a running average of the copy's parameters would leave it out; build another model"
+        )
 
     def hide(self):
         weight = self._parameters.pop("weight")
@@ -61,9 +68,8 @@ class EngineTable(ShardedPositionEmbedding):
 
 @dataclass
 class _Replaced:
-    """A table, its name in the model, and the parameter group that its weight was in."""
+    """A table, and the parameter group that its weight was in."""
 
-    name: str
     table: EngineTable
     group_index: int
 
@@ -79,12 +85,14 @@ class PositionEmbeddingHook:
         _broadcast_rows(weight.data, context.groups)
         table = EngineTable.from_table(weight.data.float(), context.groups.sp_group)
         table.hide()
+        table.name = name
         table.output_dtype = context.model_dtype or weight.dtype
         table.weight.requires_grad_(weight.requires_grad)
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, table)
         group_index = take_out(weight, context)
-        context.extras[self.name] = _Replaced(name, table, group_index)
+        parent, _, attribute = name.rpartition(".")
+        mark_as_final(model, f"{name} was split over the ranks")
+        setattr(model.get_submodule(parent), attribute, table)
+        context.extras[self.name] = _Replaced(table, group_index)
         rows, dim = table.rows_per_rank, table.dim
         return Change(
             1,
@@ -99,8 +107,7 @@ class PositionEmbeddingHook:
         replaced.table.weight.data = replaced.table.weight.data.to(engine.device)
         optimizer = TableOptimizer(engine, replaced.table, context.groups, replaced.group_index)
         engine.ds4sci_table_optimizer = optimizer
-        engine.ds4sci_checkpoint.parts.append(TableCheckpoint(replaced.name, replaced.table, optimizer))
-        replaced.table.name = replaced.name
+        engine.ds4sci_checkpoint.parts.append(TableCheckpoint(replaced.table.name, replaced.table, optimizer))
         guard_state_dicts(engine, replaced.table)
 
 
@@ -118,8 +125,6 @@ def _learned_table(model) -> tuple[str, nn.Embedding]:
             f"{type(model).__name__} has none"
         )
     name = next(name for name, module in model.named_modules() if module is embedding)
-    if isinstance(embedding, ShardedPositionEmbedding):
-        raise NotImplementedError(f"{name} is sharded already; make a new model for a new engine")
     if hasattr(embedding.weight, "ds_id"):
         raise NotImplementedError(
             f"{name} was built under deepspeed.zero.Init, which has partitioned it; build the model outside of it to "

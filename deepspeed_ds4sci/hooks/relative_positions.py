@@ -15,6 +15,7 @@ from deepspeed_ds4sci.hooks.attention import attention_state
 from deepspeed_ds4sci.hooks.client_parameters import take_out
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import GenSLMFamily, family_of
+from deepspeed_ds4sci.hooks.removal import mark_as_final, replace_attribute
 from deepspeed_ds4sci.sequence.alibi import alibi_slopes
 from deepspeed_ds4sci.sequence.rotary import RotaryEmbedding, RotaryScaling
 
@@ -29,10 +30,6 @@ def replace_positions(model: nn.Module, context) -> Change:
         NotImplementedError: a model that cannot take them; the message says why.
     """
     block, family, name = context.config.position_embedding, family_of(model), type(model).__name__
-    if getattr(model, "ds4sci_positions", None) is not None:
-        raise NotImplementedError(
-            f"the positions of {name} were replaced for an earlier engine; make a new model for a new engine"
-        )
     if family.position_table is None and family.rotary is None:
         raise NotImplementedError(f"{name} learns positions in the plane, which nothing here takes the place of")
     own = model.config.position_embedding if isinstance(family, GenSLMFamily) else _own_kind(family)
@@ -44,7 +41,6 @@ def replace_positions(model: nn.Module, context) -> Change:
         raise ValueError(f"ds4sci.position_embedding.scaling needs rotary positions, {name} has {kind}")
     apply = _in_genslm if isinstance(family, GenSLMFamily) else _in_transformers
     apply(model, family, kind, own, scaling, context)
-    model.ds4sci_positions = kind
     how = "" if scaling is None else f", {scaling.kind} scaling by {scaling.factor:g}"
     before = "" if kind == own else f" in place of {own}"
     return Change(1, f"{name} has {kind} positions{before}{how}")
@@ -67,20 +63,17 @@ def _in_genslm(model, family, kind, own, scaling, context):
         raise NotImplementedError("GenSLM was built with rotary_scaling; leave it out there to set it in the config")
     if own == "learned":
         _drop(model, family, None, context)
-    config = model.config = replace(model.config, position_embedding=kind, rotary_scaling=scaling)
-    rotary = kind == "rotary"
-    model.rotary = RotaryEmbedding(config.rotary_dim, config.rotary_base, scaling) if rotary else None
+    config = replace(model.config, position_embedding=kind, rotary_scaling=scaling)
+    rotary = RotaryEmbedding(config.rotary_dim, config.rotary_base, scaling) if kind == "rotary" else None
+    context.handles += [replace_attribute(model, "config", config), replace_attribute(model, "rotary", rotary)]
 
 
 def _in_transformers(model, family, kind, own, scaling, context):
     base = family.base(model)
-    if own == "learned":
-        _drop(model, family, _NoTable(), context)
-    elif kind == "rotary":
-        setattr(base, family.rotary, _Angles(_rotary(model, getattr(base, family.rotary), scaling)))
+    if own == "rotary" and kind == "rotary":
+        angles = _Angles(_rotary(model, getattr(base, family.rotary), scaling))
+        context.handles.append(replace_attribute(base, family.rotary, angles))
         return
-    else:
-        setattr(base, family.rotary, _NoRotation(2 * getattr(base, family.rotary).inv_freq.numel()))
     state = attention_state(model, context)
     heads = family.heads(model)
     if kind == "alibi":
@@ -88,6 +81,11 @@ def _in_transformers(model, family, kind, own, scaling, context):
     else:
         state.rotary = RotaryEmbedding(model.config.hidden_size // heads, _DEFAULT_BASE, scaling)
     state.refuse_unsupported()
+    if own == "learned":
+        _drop(model, family, _NoTable(), context)
+    else:
+        still = _NoRotation(2 * getattr(base, family.rotary).inv_freq.numel())
+        context.handles.append(replace_attribute(base, family.rotary, still))
 
 
 def _rotary(model, module, scaling):
@@ -117,6 +115,7 @@ def _drop(model, family, replacement, context):
         )
     if weight.requires_grad:
         take_out(weight, context)
+    mark_as_final(model, f"the learned positions of {type(model).__name__} were replaced")
     setattr(base, family.position_table, replacement)
 
 

@@ -7,7 +7,7 @@ import logging
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
 from deepspeed_ds4sci.hooks.family import bound_arguments, trains
-from deepspeed_ds4sci.hooks.sequence_state import RankRandom, detach, new_state
+from deepspeed_ds4sci.hooks.sequence_state import RankRandom, new_state, refuse_other_recomputation
 from deepspeed_ds4sci.sequence.groups import SequenceParallelMPU, sequence_groups
 from deepspeed_ds4sci.sequence.inputs import all_batches, same_batch
 
@@ -25,12 +25,10 @@ class SequenceParallelHook:
         family = family_of(model)
         groups = context.groups = sequence_groups(block.size)
         context.mpu = SequenceParallelMPU(groups)
-        detach(model)
         state = context.sequence = new_state(model, context, groups)
         state.random = RankRandom(groups.sp_rank)
         modules = family.attention_modules(model)
         family.prepare(model, state)
-        model.ds4sci_sequence = state
         state.handles += [
             model.register_forward_pre_hook(functools.partial(_shard_inputs, family, state), with_kwargs=True),
             model.register_forward_hook(functools.partial(_finish_outputs, family, state), always_call=True),
@@ -65,7 +63,8 @@ def named_arguments(model, args, kwargs) -> dict:
     """See `families.bound_arguments`.
 
     Raises:
-        NotImplementedError: an argument that cannot be split over the sequence.
+        NotImplementedError: an argument that cannot be split over the sequence, or labels for a loss function of the
+            model's own.
     """
     arguments, family = bound_arguments(model, args, kwargs), family_of(model)
     for name, value in arguments.items():
@@ -76,12 +75,16 @@ def named_arguments(model, args, kwargs) -> dict:
         raise NotImplementedError(f"the argument {name!r} of {type(model).__name__} cannot be split over the sequence")
     if arguments.get("return_dict") is False:
         raise NotImplementedError("return_dict=False is not supported with ds4sci.sequence_parallel; leave it out")
+    if "labels" in arguments or "shift_labels" in arguments:
+        family.refuse_other_losses(model, "sequence_parallel")
     if not any(name in arguments for name in family.inputs):
         raise ValueError(f"{type(model).__name__} got no {' or '.join(family.inputs)}")
     return arguments
 
 
 def _shard_inputs(family, state, model, args, kwargs):
+    if trains(model):
+        refuse_other_recomputation(model)
     arguments = named_arguments(model, args, kwargs)
     if not state.checked and not _same_batch(arguments, state, model):
         raise ValueError(

@@ -2,13 +2,13 @@
 """The state that ties a model's attention layers to its inputs and outputs, while sequences are split or while the
 attention of a model is not its own."""
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from deepspeed_ds4sci.hooks.families import family_of
-from deepspeed_ds4sci.hooks.family import remove_all
 from deepspeed_ds4sci.sequence.attention import SequenceParallelAttention
 from deepspeed_ds4sci.sequence.blocks import accumulation_dtype
 from deepspeed_ds4sci.sequence.groups import SequenceGroups
@@ -80,9 +80,10 @@ class SequenceState:
     groups: SequenceGroups | None
     attention: SequenceParallelAttention
     sharder: InputSharder
+    handles: list[Any]
+    """See `HookContext`."""
     window: int = 0
     batch: ShardedBatch | None = None
-    handles: list[Any] = field(default_factory=list)
     random: RankRandom | None = None
     masks: Any = None
     """`hooks.attention_mask.MaskBuilder`, where masks are built for each batch."""
@@ -93,6 +94,14 @@ class SequenceState:
     checked: bool = False
     """The engine has compared the batch in work over the group."""
     _formed: Any = None  # (batch, its cosines and sines)
+
+    def __deepcopy__(self, memo):
+        """That of a copy of the model: in the same process groups, without the batch in work."""
+        copied = memo[id(self)] = copy.copy(self)
+        copied.batch = copied._formed = None
+        copied.masks = None if self.masks is None else replace(self.masks, _latest=None)
+        copied.handles, copied.random, copied.rotary = copy.deepcopy((self.handles, self.random, self.rotary), memo)
+        return copied
 
     @property
     def divisor(self) -> int:
@@ -174,7 +183,11 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
 
     Args:
         groups: of split sequences; None: this rank has whole sequences.
+
+    Raises:
+        NotImplementedError: see `refuse_other_recomputation`.
     """
+    refuse_other_recomputation(model)
     parallel, attention = context.config.sequence_parallel, context.config.attention
     mode = "ulysses" if groups is None else parallel.layout_mode()
     implementation = "auto" if attention.implementation == "fastest" else attention.implementation
@@ -190,12 +203,20 @@ def new_state(model, context, groups: SequenceGroups | None) -> SequenceState:
             causal=family_of(model).is_causal(model),
             pad_token_id=getattr(getattr(model, "config", None), "pad_token_id", None) or 0,
         ),
+        handles=context.handles,
         window=attention.sliding_window,
     )
 
 
-def detach(model) -> None:
-    """Undoes an earlier engine's hooks on the same model."""
-    remove_all(getattr(model, "ds4sci_tiling", []))
-    state = getattr(model, "ds4sci_sequence", None)
-    remove_all([] if state is None else state.handles)
+def refuse_other_recomputation(model) -> None:
+    """Raises NotImplementedError for a model whose layers transformers or timm recomputes.
+
+    Another forward pass may come before the backward pass, and the recomputed layers would attend under its batch.
+    """
+    switches = ("gradient_checkpointing", "grad_checkpointing")  # transformers', timm's
+    if any(vars(module).get(switch) for module in model.modules() for switch in switches):
+        raise NotImplementedError(
+            f"the recomputation that {type(model).__name__} has of its own (gradient_checkpointing_enable, "
+            "set_grad_checkpointing) does not go with the attention of the ds4sci block: layers would be recomputed "
+            "with the batch of a later forward pass; disable it and set ds4sci.activation_checkpointing in the config"
+        )

@@ -33,16 +33,6 @@ class TiledLoss:
         self.labels: torch.Tensor | None = None  # [B, L], aligned with the hidden states, of the batch in work
         self.ignore_index, self.num_items = IGNORE_INDEX, None
 
-    def refuse_other_losses(self, model) -> None:
-        """Raises NotImplementedError for a model with a loss function that is not transformers' cross entropy."""
-        from transformers.loss.loss_utils import ForCausalLMLoss
-
-        if self.causal and model.loss_function is not ForCausalLMLoss:
-            raise NotImplementedError(
-                "ds4sci.tiling.loss computes the cross entropy of transformers' ForCausalLMLoss, and "
-                f"{type(model).__name__} has a loss function of its own: {model.loss_function!r}"
-            )
-
     def register(self, model) -> list:
         """Puts the loss before and behind the model. Returns the handles of the two hooks."""
         return [

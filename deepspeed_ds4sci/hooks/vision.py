@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from deepspeed_ds4sci.hooks.family import Family, OnRemoval, trains
+from deepspeed_ds4sci.hooks.family import Family, trains
+from deepspeed_ds4sci.hooks.removal import replace_attribute
 
 
 class ViTFamily(Family):
@@ -36,19 +37,13 @@ class ViTFamily(Family):
         self._keep_own_tokens(model, state)
 
     def _keep_own_tokens(self, model, state):
-        def keep_own_tokens(module, inputs, embedded):
-            local, state.batch = state.sharder.shard({"inputs_embeds": embedded})
-            return local["inputs_embeds"]
-
-        state.handles.append(self.embeddings(model).register_forward_hook(keep_own_tokens))
+        hook = functools.partial(_own_tokens, state)
+        state.handles.append(self.embeddings(model).register_forward_hook(hook))
 
     def prepare(self, model, state):
         super().prepare(model, state)
-
-        def put_together(module, inputs, normed):
-            return state.gather(normed)
-
-        state.handles.append(self.last_norm(model).register_forward_hook(put_together))
+        hook = functools.partial(_all_tokens, state)
+        state.handles.append(self.last_norm(model).register_forward_hook(hook))
 
     def shard(self, model, state, arguments):
         return arguments
@@ -71,6 +66,15 @@ class ViTFamily(Family):
             if isinstance(value, tuple):
                 output[name] = tuple(_whole(state, each) for each in value)
         return output
+
+
+def _own_tokens(state, module, inputs, embedded):
+    local, state.batch = state.sharder.shard({"inputs_embeds": embedded})
+    return local["inputs_embeds"]
+
+
+def _all_tokens(state, module, inputs, normed):
+    return state.gather(normed)
 
 
 def _whole(state, hidden):
@@ -99,8 +103,8 @@ class TimmViTFamily(ViTFamily):
                 "call timm.layers.set_fused_attn(True) before the model is built"
             )
         for module in modules:
-            state.handles.append(OnRemoval(functools.partial(setattr, module, "forward", module.forward)))
-            module.forward = functools.partial(_attending, state, module.forward)
+            attending = functools.partial(_attending, state, module.forward)
+            state.handles.append(replace_attribute(module, "forward", attending))
         self._keep_own_tokens(model, state)
 
     def prepare(self, model, state):

@@ -65,6 +65,10 @@ class SequenceParallelAttention:
         self._ulysses_group = (ulysses_group or group) if by_heads > 1 else None
         self._ring_group = (ring_group or group) if in_ring > 1 else None
 
+    def __deepcopy__(self, memo):
+        """A copy of a model attends in the same process groups; nothing here changes."""
+        return self
+
     @property
     def multiple(self) -> int:
         """Tokens of which S must be a multiple."""

@@ -293,6 +293,14 @@ def refusals():
     found["more tokens than positions, GenSLM"] = message_of(learned, **long)
     engine.backward(engine(**batch).loss)  # after all of that it still works
 
+    engine.module.loss_function = _nothing_lost
+    found["loss function"] = message_of(engine, **batch)
+    found["loss function without labels"] = message_of(engine, input_ids=tokens[:1] * 0)
+    del engine.module._loss_function
+    engine.module.gradient_checkpointing_enable()
+    found["recomputation of transformers"] = message_of(engine, **batch)
+    found["recomputation at start"] = message_of(engine_of, model=engine.module)
+
     case = Case("gpt2")
     found["unknown model"] = message_of(engine_of, model=torch.nn.Linear(2, 2))
     found["mpu"] = message_of(engine_of, mpu=object())
@@ -317,6 +325,10 @@ def refusals():
     adagrad = Case("gpt2", sharded_table=True, optimizer={"type": "Adagrad", "params": {"lr": 0.1}})
     found["table with another optimizer"] = message_of(engine_of, case=adagrad)
     return found
+
+
+def _nothing_lost(logits, **others):
+    return 0 * logits.sum()
 
 
 def _without_attention():
@@ -423,6 +435,9 @@ def run(names_and_arguments):
     import deepspeed
     from deepspeed.utils import logger
 
+    from tests.distributed import removal_worker
+
     logger.setLevel("WARNING")
     deepspeed.init_distributed("gloo")
-    return {(name, *arguments): globals()[name](*arguments) for name, *arguments in names_and_arguments}
+    functions = {**globals(), **vars(removal_worker)}
+    return {(name, *arguments): functions[name](*arguments) for name, *arguments in names_and_arguments}

@@ -22,6 +22,8 @@ TWO_RANKS = [
     *([("own_image_loss", 0, "timm"), ("own_image_loss", 3, "timm", "full")] if timm_models.INSTALLED else []),
     ("evaluation",),
     ("refusals",),
+    ("later_engines",),
+    ("copies",),
     ("client_optimizer",),
     ("dropout",),
     ("bf16", 1),
@@ -163,6 +165,13 @@ def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
         ("a position beyond the table", "ValueError: position_ids must be in [0, 64), got values from 49 to 64"),
         ("mask of another length", "ValueError: attention_mask must have 16 tokens on axis 1, got shape (1, 15)"),
         ("three axes", "ValueError: attention_mask must be [B, S] or [B|1, H|1, S, S], got shape (1, 16, 16)"),
+        ("loss function", "NotImplementedError: ds4sci.sequence_parallel computes the cross entropy of transformers'"),
+        ("loss function without labels", "no error"),
+        (
+            "recomputation of transformers",
+            "NotImplementedError: the recomputation that GPT2LMHeadModel has of its own",
+        ),
+        ("recomputation at start", "NotImplementedError: the recomputation that GPT2LMHeadModel has of its own"),
         ("unknown model", "NotImplementedError: sequences of Linear cannot be split over GPUs, nor can its"),
         ("mpu", "NotImplementedError: a ds4sci block makes its own process groups; leave out the mpu argument"),
         ("size", "ValueError: ds4sci.sequence_parallel.size must divide the number of ranks = 2, got 3"),
@@ -182,6 +191,30 @@ def test_evaluation_gives_whole_logits_and_embeddings(two_ranks):
 def test_refuses(two_ranks, what, message):
     for results in two_ranks:
         assert results["refusals",][what].startswith(message)
+
+
+@pytest.mark.distributed(2)
+def test_a_later_engine_starts_from_the_model_as_it_was(two_ranks):
+    found = two_ranks[0]["later_engines",]
+    assert {name: found[name] for name in ("llama", "genslm-rotary", "esm", "vit")} == dict.fromkeys(
+        ("llama", "genslm-rotary", "esm", "vit"), (True, True, True)
+    )
+    assert found["first engine"].startswith("RuntimeError: ViTForImageClassification was given to another engine")
+    assert found["refused by a later hook"].startswith('ValueError: ds4sci.attention_mask.kind = "causal" does not go')
+    assert found["unchanged then"]
+    assert found["after a table"] == (
+        "NotImplementedError: transformer.wpe was split over the ranks for an earlier engine, which cannot be undone; "
+        "make a new model for a new engine"
+    )
+
+
+@pytest.mark.distributed(2)
+def test_a_copy_of_a_model_has_hooks_of_its_own(two_ranks):
+    errors, message = two_ranks[0]["copies",]
+    assert len(errors) == 4 and max(errors.values()) <= 2e-6
+    assert message.startswith(
+        "NotImplementedError: a model whose position table is sharded cannot be copied: transformer.wpe is no"
+    )
 
 
 @pytest.mark.distributed(2)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recomputed layers train like kept ones, bit for bit; what waits in CPU memory is freed and used again."""
 
+import contextlib
 import weakref
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload
+from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload, _Away
 from deepspeed_ds4sci.hooks.host_memory import HostPool
 from deepspeed_ds4sci.sequence import blocks
 from tests.distributed import tiny_models
@@ -217,3 +218,47 @@ def test_nothing_keeps_the_tensor_that_left():
     del hidden
     assert gone() is None
     out.sum().backward()
+
+
+class _Stream:
+    """Counts the events that a stream is made to wait for."""
+
+    def __init__(self):
+        self.waits = 0
+
+    def wait_event(self, event):
+        self.waits += 1
+
+    def wait_stream(self, stream):
+        pass
+
+    def record_event(self):
+        return object()
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """[the stream that is current]; tensors on the CPU stand for those on a device."""
+    current = [_Stream()]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return current
+
+
+def test_a_tensor_dropped_anywhere_is_waited_for_on_the_stream_it_came_from(streams):
+    owner = streams[0]
+    away = _Away(torch.ones(4), HostPool(pinned=False), _Stream(), lambda: None)
+    streams[0] = other = _Stream()  # such as that of the thread in which the cycle collector runs
+    del away
+    assert (owner.waits, other.waits) == (1, 0)
+
+
+def test_a_tensor_that_comes_back_on_another_stream_is_waited_for_there_too(streams, monkeypatch):
+    readers, owner = [], streams[0]
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: readers.append(stream))
+    away = _Away(torch.ones(4), HostPool(pinned=False), _Stream(), lambda: None)
+    away.settle()
+    assert owner.waits == 1
+    streams[0] = other = _Stream()
+    assert torch.equal(away.back(), torch.ones(4))
+    assert (owner.waits, other.waits) == (2, 1) and readers == [other]

@@ -114,6 +114,23 @@ def test_runs_under_autocast_as_the_models_own_attention(name):
         torch.testing.assert_close(ours(**batch).loss, model(**batch).loss, atol=5e-3, rtol=0)
 
 
+def test_refuses_the_recomputation_of_transformers():
+    """Its layers would attend again under the documents or the mask of a later batch."""
+    features = {"attention": {"implementation": "tiled"}}
+    model, batch = tiny_models.build("llama"), tiny_models.batch("llama", 1, 8, 0)
+    ours, *_ = with_hooks(model, **features)
+    message = "recomputation that LlamaForCausalLM has of its own .* set ds4sci.activation_checkpointing in the config"
+    for each in (ours, model):
+        each.gradient_checkpointing_enable()
+    with pytest.raises(NotImplementedError, match=message):
+        ours(**batch)
+    with torch.no_grad():
+        ours(**batch)
+    ours.eval()(**batch)  # recomputes in training only
+    with pytest.raises(NotImplementedError, match=message):
+        with_hooks(model, **features)
+
+
 def test_refuses_a_model_it_does_not_know():
     with pytest.raises(NotImplementedError, match="sequences of Linear cannot be split .* models that can"):
         with_hooks(torch.nn.Linear(2, 2), attention={"implementation": "math"})

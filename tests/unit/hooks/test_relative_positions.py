@@ -10,6 +10,7 @@ import torch
 from deepspeed_ds4sci.config import read_block
 from deepspeed_ds4sci.hooks.context import HookContext
 from deepspeed_ds4sci.hooks.relative_positions import replace_positions
+from deepspeed_ds4sci.hooks.removal import detach
 from tests.distributed import oracle, tiny_models
 from tests.unit.hooks.apply import assert_trains_like, differs, with_hooks
 
@@ -72,13 +73,17 @@ def yarn_llama():
     return model
 
 
-def test_refuses_a_second_replacement():
+def test_another_engine_is_refused_once_a_learned_table_is_gone():
     model = tiny_models.build("gpt2")
     block = {"position_embedding": {"kind": "alibi"}}
     context = HookContext(config=read_block({"ds4sci": block}))
     replace_positions(model, context)
-    with pytest.raises(NotImplementedError, match="were replaced for an earlier engine; make a new model"):
-        replace_positions(model, context)
+    with pytest.raises(
+        NotImplementedError,
+        match="the learned positions of GPT2LMHeadModel were replaced for an earlier engine, which cannot be undone; "
+        "make a new model for a new engine",
+    ):
+        detach(model)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,13 @@ def assert_trains_like(model, reference):
         assert error <= LIMIT, f"{name}: {error:.2e} of the largest value"
 
 
+def test_refuses_the_recomputation_of_timm():
+    model = tiny_models.build("timm")
+    model.set_grad_checkpointing()
+    with pytest.raises(NotImplementedError, match="recomputation that VisionTransformer has of its own"):
+        with_hooks(model, attention={"implementation": "tiled"})
+
+
 @pytest.mark.parametrize("kind", [None, "full", "selective", "keep_attention"])
 def test_trains_like_timm_alone(kind):
     model = tiny_models.build("timm")
