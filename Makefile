@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ds4sci-ready
 PYTEST_ARGS ?=
 # Processes that tests are spread over, file by file; every test computes on one thread, some start ranks of their own.
+# In the order of their names: those of ranks, which take longest, are not the last.
 TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 
@@ -43,7 +44,7 @@ format: $(READY)  ## what lint asks for, done
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 test: $(READY)  ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 build: $(READY)  ## compiles all kernels for all architectures; fails on spills. Needs nvcc, no GPU
 	$(BIN)/python -m deepspeed_ds4sci.op_builder.compile_check

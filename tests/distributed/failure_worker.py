@@ -64,7 +64,7 @@ def die_in_a_save(folder, moment):
 
         Path.rename = killed_rename
     if moment == "choosing" and dist.get_rank() == 0:
-        engine_checkpoint._replace_text = _kill_at_latest(engine_checkpoint._replace_text)
+        engine_checkpoint.replace_text = _kill_at_latest(engine_checkpoint.replace_text)
     engine.save_checkpoint(folder, tag="kept" if moment == "naming" else "second")
 
 
