@@ -7,11 +7,9 @@ sequences that one rank has whole.
 
 import functools
 
-import torch
-
 from deepspeed_ds4sci.hooks.context import Change
 from deepspeed_ds4sci.hooks.families import family_of
-from deepspeed_ds4sci.hooks.family import bound_arguments
+from deepspeed_ds4sci.hooks.family import bound_arguments, trains
 from deepspeed_ds4sci.hooks.sequence_state import SequenceState, new_state, refuse_other_recomputation
 from deepspeed_ds4sci.sequence.local_attention import unavailable_reason
 
@@ -55,7 +53,7 @@ def attention_state(model, context) -> SequenceState:
 
 
 def _read_inputs(family, state, model, args, kwargs):
-    if model.training and torch.is_grad_enabled():
+    if trains(model):
         refuse_other_recomputation(model)
     arguments = bound_arguments(model, args, kwargs)
     for name in _REFUSED:
