@@ -20,11 +20,10 @@ from pathlib import Path
 
 import torch
 
-from deepspeed_ds4sci.sequence.local_attention import IMPLEMENTATIONS
 from tests.benchmarks.long_sequence import report
 from tests.benchmarks.long_sequence.launch import run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
-from tests.benchmarks.long_sequence.rungs import RUNGS, Rung, chosen_rungs, shortened, with_attention
+from tests.benchmarks.long_sequence.rungs import ATTENTION, RUNGS, Rung, chosen_rungs, shortened, with_attention
 from tests.benchmarks.long_sequence.search import following, longest
 from tests.benchmarks.record import machine_line
 
@@ -123,7 +122,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add(
         "--compute-layers", type=int, help="compute so many layers; the others' weights, states, checkpoints are there"
     )
-    add("--attention", choices=IMPLEMENTATIONS, help='in place of "flash"')
+    add("--attention", choices=ATTENTION, help='in place of "flash"')
     add("--budget-seconds", type=float, default=3600, help="for the whole run; it then writes what it has")
     add("--probe-seconds", type=float, default=300, help="for one length; longer counts as failed, because of time")
     add("--resolution", type=float, default=0.1, help="gap at which a search ends, relative to the longest that works")
@@ -148,10 +147,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if options.compute_layers is not None:
             for rung in options.rungs:
                 job_of(rung, [(1, 1024)], tiny=options.tiny, steps=1, compute_layers=options.compute_layers)
-    except ValueError as error:
+        if options.attention:
+            options.rungs = [with_attention(rung, options.attention) for rung in options.rungs]
+    except (ValueError, NotImplementedError) as error:
         parser.error(str(error))
-    if options.attention:
-        options.rungs = [with_attention(rung, options.attention) for rung in options.rungs]
     if options.guess:
         options.rungs = [shortened(rung, options.guess) for rung in options.rungs]
     return options

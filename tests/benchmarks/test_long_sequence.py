@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from deepspeed_ds4sci.config import read_block
+from deepspeed_ds4sci.config import DS4SciConfig, check_combinations, read_block
 from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
+from deepspeed_ds4sci.sequence.local_attention import unavailable_reason
 from deepspeed_ds4sci.training import step_flops
 from tests.benchmarks import longest_sequence, throughput_by_length, train_short_infer_long
 from tests.benchmarks.long_sequence import launch, models, report, worker
-from tests.benchmarks.long_sequence.rungs import BY_VALUE, RUNGS, chosen_rungs
+from tests.benchmarks.long_sequence.rungs import ATTENTION, BY_VALUE, RUNGS, chosen_rungs
 from tests.benchmarks.long_sequence.search import longest
 from tests.benchmarks.throughput_by_length import VARIANTS
 
@@ -54,8 +55,7 @@ def test_every_rung_is_a_valid_config(rung):
     for tiny in (False, True):
         config = rung.ds_config(tiny)
         assert json.loads(json.dumps(config)) == config
-        # A CPU has no flash attention: a rung of nothing else has no block there.
-        assert (read_block(config) is not None) == (bool(rung.features) and not (tiny and rung.name == "flash"))
+        assert (read_block(config) is not None) == bool(rung.features)
         assert ("bf16" in config) != tiny
         parsed = DeepSpeedConfig({name: block for name, block in config.items() if name != "ds4sci"})
         offload = parsed.zero_config.offload_optimizer
@@ -82,6 +82,20 @@ def test_attention_is_replaced_where_a_rung_names_a_fast_one(module):
         kept = {"math": "math", "alst-sdpa": None}
         assert used == kept.get(rung.name, "cudnn") and ("(cudnn)" in rung.says) == (rung.name not in kept)
         assert rung.features.keys() == (VARIANTS | RUNGS)[rung.name].features.keys()
+
+
+@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("module", [longest_sequence, throughput_by_length])
+def test_every_attention_that_is_offered_gives_a_valid_config(module, implementation):
+    rungs = ["--rungs", "flash"] if module is longest_sequence else ["--variants", "off"]
+    options = module.parse_arguments(["--tiny", "--attention", implementation, *rungs])
+    (rung,) = getattr(options, "rungs", None) or options.variants
+    for tiny in (False, True):
+        config = rung.ds_config(tiny)
+        block = read_block(config) or DS4SciConfig()
+        check_combinations(block, config)
+        runs_here = unavailable_reason(implementation, "cpu") is None
+        assert block.attention.implementation == (implementation if runs_here or not tiny else "fastest")
 
 
 def test_both_models_have_the_size_that_is_compared():
@@ -198,7 +212,13 @@ def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkey
             ["--tiny", "--rungs", "alst-sdpa", "--compute-layers", "2"],
             "--compute-layers needs a rung",
         ),
+        (
+            longest_sequence,
+            ["--tiny", "--rungs", "keep-attention", "--attention", "flex"],
+            'does not go with ds4sci.attention.implementation = "flex"',
+        ),
         (throughput_by_length, ["--tiny", "--variants", "no"], "--variants must be of off, keep"),
+        (throughput_by_length, ["--tiny", "--variants", "keep", "--attention", "math"], "does not go with"),
         (train_short_infer_long, [], "are required: --genome"),
         (
             train_short_infer_long,

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 
-from deepspeed_ds4sci.sequence.local_attention import IMPLEMENTATIONS
 from tests.benchmarks.long_sequence import report
 from tests.benchmarks.long_sequence.launch import run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
-from tests.benchmarks.long_sequence.rungs import Rung, with_attention
+from tests.benchmarks.long_sequence.rungs import ATTENTION, Rung, with_attention
 from tests.benchmarks.record import machine_line
 from tests.benchmarks.table import aligned
 
@@ -102,7 +101,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--variants", help=f"separated by commas, of {', '.join(VARIANTS)}; default: all that the GPUs allow")
     add("--lengths", help="tokens, ascending, separated by commas; default: 2048 to 262144 by doubling")
-    add("--attention", choices=IMPLEMENTATIONS, help='in place of "flash"')
+    add("--attention", choices=ATTENTION, help='in place of "flash"')
     add("--no-batches", action="store_true", help="leave out the batch sizes")
     add("--budget-seconds", type=float, default=3600, help="for the whole run; it then writes what it has")
     add("--case-seconds", type=float, default=200, help="for one case; longer ends the variant")
@@ -121,7 +120,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             parser.error(f"--variants must be of {', '.join(allowed)} on {gpus} GPU(s), got {name!r}")
     options.variants = [VARIANTS[name] for name in names]
     if options.attention:
-        options.variants = [with_attention(variant, options.attention) for variant in options.variants]
+        try:
+            options.variants = [with_attention(variant, options.attention) for variant in options.variants]
+        except NotImplementedError as error:
+            parser.error(str(error))
     default = [64, 128] if options.tiny else LENGTHS
     options.lengths = [int(length) for length in options.lengths.split(",")] if options.lengths else default
     options.batches = [] if options.no_batches else [(1, 64), (2, 64)] if options.tiny else BATCHES
@@ -146,12 +148,12 @@ def main(argv: list[str] | None = None) -> int:
         entry = {"name": variant.name, "says": variant.says, "gpus": variant.gpus, "ds_config": config}
         record["variants"].append(entry | {"cases": cases, "batches": []})
         save()
-    for entry in record["variants"]:
-        if entry["name"] not in BATCHED:
+    for variant, entry in zip(options.variants, record["variants"], strict=True):
+        if variant.name not in BATCHED:
             continue
         for length in dict.fromkeys(length for _, length in options.batches):  # a new process after memory has ended
             cases = [case for case in options.batches if case[1] == length]
-            entry["batches"] += measure(VARIANTS[entry["name"]], cases, options, deadline, peak)
+            entry["batches"] += measure(variant, cases, options, deadline, peak)
             save()
     print(f"\n{machine_line(record['machine'])}\n{table(record)}")
     if options.plot:

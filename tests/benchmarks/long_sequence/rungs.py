@@ -2,7 +2,14 @@
 """The rungs: what is switched on, in the ds_config JSON alone, and where the search starts."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
+
+from deepspeed_ds4sci.config import check_combinations, read_block
+from deepspeed_ds4sci.config.schema import AttentionConfig
+from deepspeed_ds4sci.sequence.local_attention import unavailable_reason
+
+ATTENTION = get_args(AttentionConfig.model_fields["implementation"].annotation)
+"""Names of `ds4sci.attention.implementation`."""
 
 BASE = {
     "train_micro_batch_size_per_gpu": 1,
@@ -61,7 +68,7 @@ class Rung:
 def _tiny(features):
     """The same options for a CPU and hundreds of tokens: kernels that it has, small pieces, a low threshold."""
     features = {name: dict(block) for name, block in features.items()}
-    if features.get("attention", {}).get("implementation") in ("flash", "cudnn"):
+    if "attention" in features and unavailable_reason(features["attention"]["implementation"], "cpu"):
         del features["attention"]
     if "tiling" in features:
         features["tiling"] = dict.fromkeys(features["tiling"], 32)
@@ -205,11 +212,16 @@ def chosen_rungs(names: str, gpus: int) -> list[Rung]:
 
 
 def with_attention(rung: Rung, implementation: str) -> Rung:
-    """The rung with another implementation of attention, if it names one that is not "math"."""
+    """The rung with another implementation of attention, if it names one that is not "math".
+
+    Raises:
+        ValueError, NotImplementedError: the rung's other options do not go with it.
+    """
     named = rung.features.get("attention", {}).get("implementation", "math")
     if named == "math":
         return rung
     features = rung.features | {"attention": {"implementation": implementation}}
+    check_combinations(read_block({"ds4sci": features}), {"ds4sci": features})
     return replace(rung, features=features, says=f"{rung.says} ({implementation})")
 
 
