@@ -122,7 +122,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add(
         "--compute-layers", type=int, help="compute so many layers; the others' weights, states, checkpoints are there"
     )
-    add("--attention", choices=ATTENTION, help='in place of "flash"')
+    add("--attention", choices=ATTENTION, help='in place of "fastest"')
     add("--budget-seconds", type=float, default=3600, help="for the whole run; it then writes what it has")
     add("--probe-seconds", type=float, default=300, help="for one length; longer counts as failed, because of time")
     add("--resolution", type=float, default=0.1, help="gap at which a search ends, relative to the longest that works")

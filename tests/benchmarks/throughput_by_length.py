@@ -27,7 +27,7 @@ from tests.benchmarks.table import aligned
 MODULE = "tests.benchmarks.throughput_by_length"
 START_SECONDS = 150.0
 
-_FLASH = {"attention": {"implementation": "flash"}}
+_FUSED = {"attention": {"implementation": "fastest"}}
 _TILES = {"tiling": {"mlp": 16384, "loss": 16384}}
 _FULL = {"activation_checkpointing": {"kind": "full"}}
 _KEPT = {"activation_checkpointing": {"kind": "keep_attention"}, "tiling": {"loss": 16384}}
@@ -38,19 +38,19 @@ _TWO = {"sequence_parallel": {"size": 2, "mode": "ulysses"}}
 VARIANTS = {
     rung.name: rung
     for rung in (
-        Rung("off", "flash", "memory options off", 0, _FLASH, zero=False),
-        Rung("keep", "flash", "recomputed but for attention, tiled loss", 0, _FLASH | _KEPT, zero=False),
-        Rung("on", "flash", "recomputed, tiled", 0, _FLASH | _FULL | _TILES, zero=False),
+        Rung("off", "flash", "memory options off", 0, _FUSED, zero=False),
+        Rung("keep", "flash", "recomputed but for attention, tiled loss", 0, _FUSED | _KEPT, zero=False),
+        Rung("on", "flash", "recomputed, tiled", 0, _FUSED | _FULL | _TILES, zero=False),
         Rung(
             "host",
             "flash",
             "recomputed, tiled, checkpoints and optimizer in CPU memory",
             0,
-            _FLASH | _HOST | _TILES,
+            _FUSED | _HOST | _TILES,
             offload_optimizer=True,
         ),
-        Rung("off-2", "flash", "2 GPUs, memory options off", 0, _FLASH | _TWO, zero=False, gpus=2),
-        Rung("on-2", "flash", "2 GPUs, recomputed, tiled", 0, _FLASH | _FULL | _TILES | _TWO, zero=False, gpus=2),
+        Rung("off-2", "flash", "2 GPUs, memory options off", 0, _FUSED | _TWO, zero=False, gpus=2),
+        Rung("on-2", "flash", "2 GPUs, recomputed, tiled", 0, _FUSED | _FULL | _TILES | _TWO, zero=False, gpus=2),
     )
 }
 LENGTHS = [2048 << i for i in range(8)]
@@ -101,7 +101,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--variants", help=f"separated by commas, of {', '.join(VARIANTS)}; default: all that the GPUs allow")
     add("--lengths", help="tokens, ascending, separated by commas; default: 2048 to 262144 by doubling")
-    add("--attention", choices=ATTENTION, help='in place of "flash"')
+    add("--attention", choices=ATTENTION, help='in place of "fastest"')
     add("--no-batches", action="store_true", help="leave out the batch sizes")
     add("--budget-seconds", type=float, default=3600, help="for the whole run; it then writes what it has")
     add("--case-seconds", type=float, default=200, help="for one case; longer ends the variant")
