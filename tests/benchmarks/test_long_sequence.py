@@ -4,6 +4,7 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.benchmarks.throughput_by_length import VARIANTS
 
 CONFIG = GenSLMConfig(16, 2, 2, 32, 64)
 OK = dict(batch_size=1, length=64, status="ok", seconds=0.5, device_gib=1.0, host_gib=2.0)
+STEPS = dict(timed_step=2, step_seconds=[0.7, 0.5])
 OOM = dict(batch_size=1, length=128, status="out of memory")
 ABOUT = dict(device="card", cuda="-", driver="-", torch="2", commit="abc", date="2026-01-01", command="c")
 
@@ -170,13 +172,50 @@ def test_tables_and_plots(tmp_path):
     assert json.loads((tmp_path / "a" / "record.json").read_text())["rungs"][0]["longest"] == 64
 
 
+def test_a_table_says_where_the_first_step_was_timed():
+    later = report.with_rates(OK | STEPS, CONFIG, 1, 1e12)
+    first = later | dict(timed_step=1, step_seconds=[0.5])
+    assert [report.cells(case)[2] for case in (later, first)] == ["0.5", "0.5 (first)"]
+    older = json.loads((Path(worker.__file__).parents[1] / "results/long_sequence/h100-steps_65536.json").read_text())
+    lines = report.ladder_table(older).splitlines()
+    assert ["(first)" in line for line in lines[-3:]] == [False, True, False]
+
+
+def test_steps_are_repeated_while_they_are_short_and_time_is_left(monkeypatch):
+    seconds = iter([0.5, 0.2, 0.1, 0.4, 0.4])  # of one step each
+    now = [0.0]
+
+    def train_step(*_):
+        now[0] += next(seconds)
+        return 4.0
+
+    monkeypatch.setattr(worker, "train_step", train_step)
+    monkeypatch.setattr(worker.dist, "broadcast", lambda *_: None)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+    cpu = torch.device("cpu")
+    began = time.monotonic()
+    limits = ((0.6, 9), (0.3, 9), (0.6, 0.3))
+    jobs = [dict(steps=3, repeat_under=short, until=began + left) for short, left in limits]
+    found = [worker.measure(None, job, 1, 64, cpu) for job in jobs]
+    assert [case["timed_step"] for case in found] == [3, 1, 1]
+    assert [len(case["step_seconds"]) for case in found] == [3, 1, 1]
+    assert [round(case["seconds"], 9) for case in found] == [0.1, 0.4, 0.4]
+
+
+@pytest.mark.parametrize("module, limit", [(longest_sequence, 300), (throughput_by_length, 200)])
+def test_all_steps_that_are_repeated_fit_into_a_case(module, limit):
+    options = module.parse_arguments(["--tiny"])
+    assert options.steps * options.repeat_under < limit
+    assert module.parse_arguments(["--tiny", "--repeat-under", "20"]).repeat_under == 20
+
+
 def prober(monkeypatch, limit, **changes):
     calls = []
 
     def run_cases(job, **_):
         lengths = [length for _, length in job["cases"]]
         calls.append(lengths)
-        good = [dict(OK, event="case", length=length) for length in lengths if length <= limit]
+        good = [dict(OK, **STEPS, event="case", length=length) for length in lengths if length <= limit]
         bad = [dict(OOM, event="case", length=length) for length in lengths if length > limit]
         return good + bad[:1]
 
@@ -278,4 +317,5 @@ def test_rungs_train_in_processes_of_their_own():
     for found in results:
         done = [(case["status"], case["batch_size"], case["length"]) for case in found]
         assert done == [("ok", 1, 64), ("ok", 2, 96)], found
-        assert all(case["seconds"] > 0 and 3 < case["loss"] < 6 and case["host_gib"] > 0.1 for case in found)
+        assert all(case["timed_step"] == 2 and case["seconds"] == case["step_seconds"][1] > 0 for case in found)
+        assert all(3 < case["loss"] < 6 and case["host_gib"] > 0.1 for case in found)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.long_sequence import report
-from tests.benchmarks.long_sequence.launch import run_cases
+from tests.benchmarks.long_sequence.launch import longest_repeated, run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
 from tests.benchmarks.long_sequence.rungs import ATTENTION, Rung, with_attention
 from tests.benchmarks.record import machine_line
@@ -64,7 +64,14 @@ def measure(variant: Rung, cases: list[tuple[int, int]], options, deadline: floa
     left = deadline - time.monotonic()
     if left < 1 or not cases:
         return []
-    job = job_of(variant, cases, tiny=options.tiny, steps=options.steps, compute_layers=None)
+    job = job_of(
+        variant,
+        cases,
+        tiny=options.tiny,
+        compute_layers=None,
+        steps=options.steps,
+        repeat_under=options.repeat_under,
+    )
     found = run_cases(
         job,
         ranks=variant.gpus,
@@ -105,11 +112,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--no-batches", action="store_true", help="leave out the batch sizes")
     add("--budget-seconds", type=float, default=3600, help="for the whole run; it then writes what it has")
     add("--case-seconds", type=float, default=200, help="for one case; longer ends the variant")
-    add("--steps", type=int, default=3, help="per case, the last is timed; a step of over 20 s is not repeated")
+    add("--steps", type=int, default=3, help="per case; the last is timed")
+    add("--repeat-under", type=float, help="a step of more seconds is timed as it is; default: by --case-seconds")
     add("--json", type=Path, help="where the record goes")
     add("--plot", type=Path, help="where the picture goes")
     add("--tiny", action="store_true", help="rehearsal on CPU ranks with a model of 200,000 parameters")
     options = parser.parse_args(argv)
+    if options.repeat_under is None:
+        options.repeat_under = longest_repeated(options.case_seconds, options.steps)
     gpus = 2 if options.tiny else torch.cuda.device_count()
     if not gpus:
         parser.error("no GPU was found; --tiny rehearses on CPU ranks")
