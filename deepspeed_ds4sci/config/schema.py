@@ -132,8 +132,9 @@ class AttentionConfig(_Block):
     )
     """`flash` (FlashAttention-2), `cudnn`, `efficient` and `math` are PyTorch's scaled-dot-product kernels, `flex` its
     compiled one, `flash_attn` the package of that name, `tiled` our own in plain PyTorch. `fastest`: what
-    PyTorch picks among its own for plain and causal attention, `tiled` for everything else. `flash` and `cudnn` take
-    no masks, windows or ALiBi, `flash_attn` no masks."""
+    PyTorch picks among its own for plain and causal attention, `tiled` for everything else; on Hopper it picks a
+    kernel made for it, and `flash` is far slower there. `flash` and `cudnn` take no masks, windows or ALiBi,
+    `flash_attn` no masks."""
 
     sliding_window: int = Field(0, ge=0)
     """Tokens that each token attends to, itself included. 0: no window."""

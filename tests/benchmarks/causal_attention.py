@@ -7,12 +7,16 @@
 Every name of `ds4sci.attention.implementation`, on queries, keys and values that are views of one packed projection,
 as our decoder's are. TFLOP/s counts the products that a causal mask leaves: 2 per multiplication and addition,
 2 S^2 H D forward, 2.5 times that backward with the recomputation that flash attention does.
+
+"auto" is the config's "fastest". "flex" comes last: it is compiled for each shape, which takes longer than all else.
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,14 +35,24 @@ def causal_flops(seq_len: int, heads: int, head_dim: int) -> dict[str, float]:
     return {"forward": forward, "forward+backward": 3.5 * forward}
 
 
-def measure(
-    seq_len: int, heads: int, head_dim: int, implementation: str, device: torch.device, dtype: torch.dtype, ms: float
-) -> dict:
-    """One row of the record: milliseconds and TFLOP/s, or why there are none."""
-    row = {"seq_len": seq_len, "heads": heads, "head_dim": head_dim, "implementation": implementation}
+def cases(options: argparse.Namespace) -> Iterator[dict]:
+    """What a row of the record is about."""
+    every = product(options.lengths, options.head_dims, options.implementations)
+    for seq_len, head_dim, implementation in sorted(every, key=lambda case: case[2] == "flex"):
+        heads = options.width // head_dim
+        yield {"seq_len": seq_len, "heads": heads, "head_dim": head_dim, "implementation": implementation}
+
+
+def measure(case: dict, device: torch.device, dtype: torch.dtype, ms: float) -> dict:
+    """Milliseconds, TFLOP/s and seconds of the first call of a case, or why there are none."""
+    seq_len, heads, head_dim, implementation = case.values()
     reason = unavailable_reason(implementation, device.type)
     if reason is not None:
-        return {**row, "failed": reason}
+        return {"failed": reason}
+    if implementation == "flex":
+        # For this shape alone, as in training: else for any length from the second on, and after eight not at all.
+        torch._dynamo.reset()
+    flops, found = causal_flops(seq_len, heads, head_dim), {}
     rules = ScoreRules(scale=head_dim**-0.5, right=0, num_heads=heads)
     clock = clock_for(device)
     try:
@@ -52,31 +66,27 @@ def measure(
         def both():
             torch.autograd.grad(local_attention(*packed.split(heads, 2), rules, implementation), packed, grad)
 
-        flops = causal_flops(seq_len, heads, head_dim)
         for name, run in (("forward", forward), ("forward+backward", both)):
+            began = time.perf_counter()
+            run()
+            first = time.perf_counter() - began
             milliseconds = clock.time(run, ms).median
-            row[name] = {"ms": milliseconds, "tflops": flops[name] / milliseconds / 1e9}
+            found[name] = {"ms": milliseconds, "tflops": flops[name] / milliseconds / 1e9, "first_seconds": first}
     except (RuntimeError, NotImplementedError) as error:  # a peer that cannot run this shape; no memory left
-        return {**row, "failed": str(error).splitlines()[0][:200]}
-    return row
+        return {**found, "failed": str(error).splitlines()[0][:200]}
+    return found
 
 
-def rows(options: argparse.Namespace, device: torch.device) -> Iterator[dict]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for seq_len in options.lengths:
-        for head_dim in options.head_dims:
-            for implementation in options.implementations:
-                yield measure(
-                    seq_len, options.width // head_dim, head_dim, implementation, device, dtype, options.min_ms
-                )
+def label(case: dict) -> str:
+    return f"{case['seq_len']:>8,} {case['heads']:>3} x {case['head_dim']:<4} {case['implementation']:<11}"
 
 
-def line(row: dict) -> str:
-    text = f"{row['seq_len']:>8,} {row['heads']:>3} x {row['head_dim']:<4} {row['implementation']:<11}"
-    if "failed" in row:
-        return f"{text} failed: {row['failed']}"
-    parts = (f"{row[name]['ms']:>9.2f} ms {row[name]['tflops']:>6.1f}" for name in ("forward", "forward+backward"))
-    return text + "  ".join(parts)
+def figures(found: dict) -> str:
+    if "failed" in found:
+        return f" failed: {found['failed']}"
+    first = sum(entry["first_seconds"] for entry in found.values())
+    parts = [f"{entry['ms']:>9.2f} ms {entry['tflops']:>6.1f}" for entry in found.values()]
+    return "  ".join(parts) + (f"  first calls {first:.0f} s" if first >= 1 else "")
 
 
 def _numbers(text: str) -> list[int]:
@@ -103,9 +113,12 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = {"machine": machine(device, argv, MODULE), "rows": []}
     print(f"{machine_line(record['machine'])}\ntokens, heads x head dim; forward, forward+backward: ms, TFLOP/s")
-    for row in rows(options, device):
-        print(line(row), flush=True)
-        record["rows"].append(row)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for case in cases(options):
+        print(label(case), end="", flush=True)
+        found = measure(case, device, dtype, options.min_ms)
+        print(figures(found), flush=True)
+        record["rows"].append({**case, **found})
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import torch
 
-from deepspeed_ds4sci.sequence.local_attention import IMPLEMENTATIONS
 from tests.benchmarks.long_sequence import report
-from tests.benchmarks.long_sequence.launch import run_cases
+from tests.benchmarks.long_sequence.launch import longest_repeated, run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
-from tests.benchmarks.long_sequence.rungs import RUNGS, Rung, chosen_rungs, shortened, with_attention
+from tests.benchmarks.long_sequence.rungs import ATTENTION, RUNGS, Rung, chosen_rungs, shortened, with_attention
 from tests.benchmarks.long_sequence.search import following, longest
 from tests.benchmarks.record import machine_line
 
@@ -61,7 +60,14 @@ class Prober:
             return
         options = self.options
         cases = [(1, length) for length in lengths]
-        job = job_of(self.rung, cases, tiny=options.tiny, steps=options.steps, compute_layers=options.compute_layers)
+        job = job_of(
+            self.rung,
+            cases,
+            tiny=options.tiny,
+            compute_layers=options.compute_layers,
+            steps=options.steps,
+            repeat_under=options.repeat_under,
+        )
         print(f"{self.rung.name}: trying {', '.join(f'{length:,}' for length in lengths)}", flush=True)
         allowed = START_SECONDS + options.probe_seconds * len(lengths)
         found = run_cases(
@@ -82,7 +88,8 @@ class Prober:
 def describe(case: dict) -> str:
     text = f"{case['length']:,} tokens: {case['status']}"
     if case["status"] == "ok":
-        text += f", {case['seconds']:.3g} s, {case['device_gib']:.1f} GiB on device, {case['host_gib']:.1f} on host"
+        steps = ", ".join(f"{seconds:.3g}" for seconds in case["step_seconds"])
+        text += f", steps of {steps} s, {case['device_gib']:.1f} GiB on device, {case['host_gib']:.1f} on host"
     return text + (f"\n{case['failure']}" if "failure" in case else "")
 
 
@@ -123,13 +130,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add(
         "--compute-layers", type=int, help="compute so many layers; the others' weights, states, checkpoints are there"
     )
-    add("--attention", choices=IMPLEMENTATIONS, help='in place of "flash"')
+    add("--attention", choices=ATTENTION, help='in place of "fastest"')
     add("--budget-seconds", type=float, default=3600, help="for the whole run; it then writes what it has")
     add("--probe-seconds", type=float, default=300, help="for one length; longer counts as failed, because of time")
     add("--resolution", type=float, default=0.1, help="gap at which a search ends, relative to the longest that works")
     add("--multiple", type=int, default=1024, help="lengths are multiples of this")
     add("--limit", type=int, default=2**23, help="no longer length is tried")
-    add("--steps", type=int, default=2, help="per length, the last is timed; a step of over 20 s is not repeated")
+    add("--steps", type=int, default=2, help="per length; the last is timed")
+    add("--repeat-under", type=float, help="a step of more seconds is timed as it is; default: by --probe-seconds")
     add("--json", type=Path, help="where the record goes")
     add("--plot", type=Path, help="where the picture goes")
     add("--show", action="store_true", help="print the rungs' DeepSpeed configs and stop")
@@ -139,6 +147,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         options.multiple = 32
         options.limit = min(options.limit, 256)
         options.guess = options.guess or 64
+    if options.repeat_under is None:
+        options.repeat_under = longest_repeated(options.probe_seconds, options.steps)
     options.lengths = [int(length) for length in options.lengths.split(",")] if options.lengths else None
     gpus = 2 if options.tiny else torch.cuda.device_count()
     if not gpus:
@@ -147,11 +157,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         options.rungs = chosen_rungs(options.rungs, gpus)
         if options.compute_layers is not None:
             for rung in options.rungs:
-                job_of(rung, [(1, 1024)], tiny=options.tiny, steps=1, compute_layers=options.compute_layers)
-    except ValueError as error:
+                job_of(rung, [(1, 1024)], tiny=options.tiny, compute_layers=options.compute_layers)
+        if options.attention:
+            options.rungs = [with_attention(rung, options.attention) for rung in options.rungs]
+    except (ValueError, NotImplementedError) as error:
         parser.error(str(error))
-    if options.attention:
-        options.rungs = [with_attention(rung, options.attention) for rung in options.rungs]
     if options.guess:
         options.rungs = [shortened(rung, options.guess) for rung in options.rungs]
     return options

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from tests.benchmarks import causal_attention
 from tests.benchmarks.causal_attention import causal_flops, main
 
 
@@ -22,9 +23,29 @@ def test_it_times_what_runs_here_and_says_why_the_rest_does_not(tmp_path, capsys
             assert "needs a CUDA GPU" in row["failed"]
         elif "failed" not in row:
             both = row["forward+backward"]
+            assert both["first_seconds"] > 0
             assert both["tflops"] * both["ms"] == pytest.approx(3.5 * 2 * 64**2 * 24 / 1e9)
     assert sum("failed" in row for row in rows) <= 2
     assert "64   3 x 8    auto" in capsys.readouterr().out
+
+
+def test_what_is_compiled_comes_last(monkeypatch, tmp_path):
+    """A run that is cut off while it compiles has the rest, at all lengths, in its record."""
+    record, tried = tmp_path / "record.json", []
+
+    def measure(case, *_):
+        if case["implementation"] == "flex":
+            raise KeyboardInterrupt
+        tried.append((case["seq_len"], case["implementation"]))
+        return {"failed": "not tried"}
+
+    monkeypatch.setattr(causal_attention, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        main(
+            ["--lengths", "64,128", "--head-dims", "8", "--implementations", "flex,auto,flash", "--json", str(record)]
+        )
+    assert tried == [(length, name) for length in (64, 128) for name in ("auto", "flash")]
+    assert len(json.loads(record.read_text())["rows"]) == len(tried)
 
 
 def test_operations_are_those_of_the_triangle():

@@ -4,23 +4,26 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from deepspeed_ds4sci.config import read_block
+from deepspeed_ds4sci.config import DS4SciConfig, check_combinations, read_block
 from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
+from deepspeed_ds4sci.sequence.local_attention import unavailable_reason
 from deepspeed_ds4sci.training import step_flops
 from tests.benchmarks import longest_sequence, throughput_by_length, train_short_infer_long
 from tests.benchmarks.long_sequence import launch, models, report, worker
-from tests.benchmarks.long_sequence.rungs import BY_VALUE, RUNGS, chosen_rungs
+from tests.benchmarks.long_sequence.rungs import ATTENTION, BY_VALUE, RUNGS, chosen_rungs
 from tests.benchmarks.long_sequence.search import longest
 from tests.benchmarks.throughput_by_length import VARIANTS
 
 CONFIG = GenSLMConfig(16, 2, 2, 32, 64)
 OK = dict(batch_size=1, length=64, status="ok", seconds=0.5, device_gib=1.0, host_gib=2.0)
+STEPS = dict(timed_step=2, step_seconds=[0.7, 0.5])
 OOM = dict(batch_size=1, length=128, status="out of memory")
 ABOUT = dict(device="card", cuda="-", driver="-", torch="2", commit="abc", date="2026-01-01", command="c")
 
@@ -54,8 +57,7 @@ def test_every_rung_is_a_valid_config(rung):
     for tiny in (False, True):
         config = rung.ds_config(tiny)
         assert json.loads(json.dumps(config)) == config
-        # A CPU has no flash attention: a rung of nothing else has no block there.
-        assert (read_block(config) is not None) == (bool(rung.features) and not (tiny and rung.name == "flash"))
+        assert (read_block(config) is not None) == bool(rung.features)
         assert ("bf16" in config) != tiny
         parsed = DeepSpeedConfig({name: block for name, block in config.items() if name != "ds4sci"})
         offload = parsed.zero_config.offload_optimizer
@@ -82,6 +84,20 @@ def test_attention_is_replaced_where_a_rung_names_a_fast_one(module):
         kept = {"math": "math", "alst-sdpa": None}
         assert used == kept.get(rung.name, "cudnn") and ("(cudnn)" in rung.says) == (rung.name not in kept)
         assert rung.features.keys() == (VARIANTS | RUNGS)[rung.name].features.keys()
+
+
+@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("module", [longest_sequence, throughput_by_length])
+def test_every_attention_that_is_offered_gives_a_valid_config(module, implementation):
+    rungs = ["--rungs", "flash"] if module is longest_sequence else ["--variants", "off"]
+    options = module.parse_arguments(["--tiny", "--attention", implementation, *rungs])
+    (rung,) = getattr(options, "rungs", None) or options.variants
+    for tiny in (False, True):
+        config = rung.ds_config(tiny)
+        block = read_block(config) or DS4SciConfig()
+        check_combinations(block, config)
+        runs_here = unavailable_reason(implementation, "cpu") is None
+        assert block.attention.implementation == (implementation if runs_here or not tiny else "fastest")
 
 
 def test_both_models_have_the_size_that_is_compared():
@@ -156,13 +172,50 @@ def test_tables_and_plots(tmp_path):
     assert json.loads((tmp_path / "a" / "record.json").read_text())["rungs"][0]["longest"] == 64
 
 
+def test_a_table_says_where_the_first_step_was_timed():
+    later = report.with_rates(OK | STEPS, CONFIG, 1, 1e12)
+    first = later | dict(timed_step=1, step_seconds=[0.5])
+    assert [report.cells(case)[2] for case in (later, first)] == ["0.5", "0.5 (first)"]
+    older = json.loads((Path(worker.__file__).parents[1] / "results/long_sequence/h100-steps_65536.json").read_text())
+    lines = report.ladder_table(older).splitlines()
+    assert ["(first)" in line for line in lines[-3:]] == [False, True, False]
+
+
+def test_steps_are_repeated_while_they_are_short_and_time_is_left(monkeypatch):
+    seconds = iter([0.5, 0.2, 0.1, 0.4, 0.4])  # of one step each
+    now = [0.0]
+
+    def train_step(*_):
+        now[0] += next(seconds)
+        return 4.0
+
+    monkeypatch.setattr(worker, "train_step", train_step)
+    monkeypatch.setattr(worker.dist, "broadcast", lambda *_: None)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+    cpu = torch.device("cpu")
+    began = time.monotonic()
+    limits = ((0.6, 9), (0.3, 9), (0.6, 0.3))
+    jobs = [dict(steps=3, repeat_under=short, until=began + left) for short, left in limits]
+    found = [worker.measure(None, job, 1, 64, cpu) for job in jobs]
+    assert [case["timed_step"] for case in found] == [3, 1, 1]
+    assert [len(case["step_seconds"]) for case in found] == [3, 1, 1]
+    assert [round(case["seconds"], 9) for case in found] == [0.1, 0.4, 0.4]
+
+
+@pytest.mark.parametrize("module, limit", [(longest_sequence, 300), (throughput_by_length, 200)])
+def test_all_steps_that_are_repeated_fit_into_a_case(module, limit):
+    options = module.parse_arguments(["--tiny"])
+    assert options.steps * options.repeat_under < limit
+    assert module.parse_arguments(["--tiny", "--repeat-under", "20"]).repeat_under == 20
+
+
 def prober(monkeypatch, limit, **changes):
     calls = []
 
     def run_cases(job, **_):
         lengths = [length for _, length in job["cases"]]
         calls.append(lengths)
-        good = [dict(OK, event="case", length=length) for length in lengths if length <= limit]
+        good = [dict(OK, **STEPS, event="case", length=length) for length in lengths if length <= limit]
         bad = [dict(OOM, event="case", length=length) for length in lengths if length > limit]
         return good + bad[:1]
 
@@ -198,7 +251,13 @@ def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkey
             ["--tiny", "--rungs", "alst-sdpa", "--compute-layers", "2"],
             "--compute-layers needs a rung",
         ),
+        (
+            longest_sequence,
+            ["--tiny", "--rungs", "keep-attention", "--attention", "flex"],
+            'does not go with ds4sci.attention.implementation = "flex"',
+        ),
         (throughput_by_length, ["--tiny", "--variants", "no"], "--variants must be of off, keep"),
+        (throughput_by_length, ["--tiny", "--variants", "keep", "--attention", "math"], "does not go with"),
         (train_short_infer_long, [], "are required: --genome"),
         (
             train_short_infer_long,
@@ -258,4 +317,5 @@ def test_rungs_train_in_processes_of_their_own():
     for found in results:
         done = [(case["status"], case["batch_size"], case["length"]) for case in found]
         assert done == [("ok", 1, 64), ("ok", 2, 96)], found
-        assert all(case["seconds"] > 0 and 3 < case["loss"] < 6 and case["host_gib"] > 0.1 for case in found)
+        assert all(case["timed_step"] == 2 and case["seconds"] == case["step_seconds"][1] > 0 for case in found)
+        assert all(3 < case["loss"] < 6 and case["host_gib"] > 0.1 for case in found)

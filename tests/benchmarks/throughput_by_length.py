@@ -17,18 +17,17 @@ from pathlib import Path
 
 import torch
 
-from deepspeed_ds4sci.sequence.local_attention import IMPLEMENTATIONS
 from tests.benchmarks.long_sequence import report
-from tests.benchmarks.long_sequence.launch import run_cases
+from tests.benchmarks.long_sequence.launch import longest_repeated, run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
-from tests.benchmarks.long_sequence.rungs import Rung, with_attention
+from tests.benchmarks.long_sequence.rungs import ATTENTION, Rung, with_attention
 from tests.benchmarks.record import machine_line
 from tests.benchmarks.table import aligned
 
 MODULE = "tests.benchmarks.throughput_by_length"
 START_SECONDS = 150.0
 
-_FLASH = {"attention": {"implementation": "flash"}}
+_FUSED = {"attention": {"implementation": "fastest"}}
 _TILES = {"tiling": {"mlp": 16384, "loss": 16384}}
 _FULL = {"activation_checkpointing": {"kind": "full"}}
 _KEPT = {"activation_checkpointing": {"kind": "keep_attention"}, "tiling": {"loss": 16384}}
@@ -39,19 +38,19 @@ _TWO = {"sequence_parallel": {"size": 2, "mode": "ulysses"}}
 VARIANTS = {
     rung.name: rung
     for rung in (
-        Rung("off", "flash", "memory options off", 0, _FLASH, zero=False),
-        Rung("keep", "flash", "recomputed but for attention, tiled loss", 0, _FLASH | _KEPT, zero=False),
-        Rung("on", "flash", "recomputed, tiled", 0, _FLASH | _FULL | _TILES, zero=False),
+        Rung("off", "flash", "memory options off", 0, _FUSED, zero=False),
+        Rung("keep", "flash", "recomputed but for attention, tiled loss", 0, _FUSED | _KEPT, zero=False),
+        Rung("on", "flash", "recomputed, tiled", 0, _FUSED | _FULL | _TILES, zero=False),
         Rung(
             "host",
             "flash",
             "recomputed, tiled, checkpoints and optimizer in CPU memory",
             0,
-            _FLASH | _HOST | _TILES,
+            _FUSED | _HOST | _TILES,
             offload_optimizer=True,
         ),
-        Rung("off-2", "flash", "2 GPUs, memory options off", 0, _FLASH | _TWO, zero=False, gpus=2),
-        Rung("on-2", "flash", "2 GPUs, recomputed, tiled", 0, _FLASH | _FULL | _TILES | _TWO, zero=False, gpus=2),
+        Rung("off-2", "flash", "2 GPUs, memory options off", 0, _FUSED | _TWO, zero=False, gpus=2),
+        Rung("on-2", "flash", "2 GPUs, recomputed, tiled", 0, _FUSED | _FULL | _TILES | _TWO, zero=False, gpus=2),
     )
 }
 LENGTHS = [2048 << i for i in range(8)]
@@ -65,7 +64,14 @@ def measure(variant: Rung, cases: list[tuple[int, int]], options, deadline: floa
     left = deadline - time.monotonic()
     if left < 1 or not cases:
         return []
-    job = job_of(variant, cases, tiny=options.tiny, steps=options.steps, compute_layers=None)
+    job = job_of(
+        variant,
+        cases,
+        tiny=options.tiny,
+        compute_layers=None,
+        steps=options.steps,
+        repeat_under=options.repeat_under,
+    )
     found = run_cases(
         job,
         ranks=variant.gpus,
@@ -102,15 +108,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--variants", help=f"separated by commas, of {', '.join(VARIANTS)}; default: all that the GPUs allow")
     add("--lengths", help="tokens, ascending, separated by commas; default: 2048 to 262144 by doubling")
-    add("--attention", choices=IMPLEMENTATIONS, help='in place of "flash"')
+    add("--attention", choices=ATTENTION, help='in place of "fastest"')
     add("--no-batches", action="store_true", help="leave out the batch sizes")
     add("--budget-seconds", type=float, default=3600, help="for the whole run; it then writes what it has")
     add("--case-seconds", type=float, default=200, help="for one case; longer ends the variant")
-    add("--steps", type=int, default=3, help="per case, the last is timed; a step of over 20 s is not repeated")
+    add("--steps", type=int, default=3, help="per case; the last is timed")
+    add("--repeat-under", type=float, help="a step of more seconds is timed as it is; default: by --case-seconds")
     add("--json", type=Path, help="where the record goes")
     add("--plot", type=Path, help="where the picture goes")
     add("--tiny", action="store_true", help="rehearsal on CPU ranks with a model of 200,000 parameters")
     options = parser.parse_args(argv)
+    if options.repeat_under is None:
+        options.repeat_under = longest_repeated(options.case_seconds, options.steps)
     gpus = 2 if options.tiny else torch.cuda.device_count()
     if not gpus:
         parser.error("no GPU was found; --tiny rehearses on CPU ranks")
@@ -121,7 +130,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             parser.error(f"--variants must be of {', '.join(allowed)} on {gpus} GPU(s), got {name!r}")
     options.variants = [VARIANTS[name] for name in names]
     if options.attention:
-        options.variants = [with_attention(variant, options.attention) for variant in options.variants]
+        try:
+            options.variants = [with_attention(variant, options.attention) for variant in options.variants]
+        except NotImplementedError as error:
+            parser.error(str(error))
     default = [64, 128] if options.tiny else LENGTHS
     options.lengths = [int(length) for length in options.lengths.split(",")] if options.lengths else default
     options.batches = [] if options.no_batches else [(1, 64), (2, 64)] if options.tiny else BATCHES
@@ -146,12 +158,12 @@ def main(argv: list[str] | None = None) -> int:
         entry = {"name": variant.name, "says": variant.says, "gpus": variant.gpus, "ds_config": config}
         record["variants"].append(entry | {"cases": cases, "batches": []})
         save()
-    for entry in record["variants"]:
-        if entry["name"] not in BATCHED:
+    for variant, entry in zip(options.variants, record["variants"], strict=True):
+        if variant.name not in BATCHED:
             continue
         for length in dict.fromkeys(length for _, length in options.batches):  # a new process after memory has ended
             cases = [case for case in options.batches if case[1] == length]
-            entry["batches"] += measure(VARIANTS[entry["name"]], cases, options, deadline, peak)
+            entry["batches"] += measure(variant, cases, options, deadline, peak)
             save()
     print(f"\n{machine_line(record['machine'])}\n{table(record)}")
     if options.plot:

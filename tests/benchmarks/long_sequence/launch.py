@@ -17,11 +17,16 @@ ROOT = Path(__file__).resolve().parents[3]
 _TAIL = 2000  # characters of output kept of a run that failed
 
 
+def longest_repeated(case_seconds: float, steps: int) -> float:
+    """Seconds of the longest step that is repeated unless told otherwise: all and one more fit into a case."""
+    return case_seconds / (steps + 1)
+
+
 def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds: float | None = None) -> list[dict]:
     """Trains on each case of job["cases"], [batch size, tokens], in turn, in new processes.
 
     Args:
-        job: what `worker.main` reads, without its output.
+        job: what `worker.main` reads, without its output and its end.
         seconds: for all of it; case_seconds: for one case, the start of the processes not counted.
 
     Returns:
@@ -32,10 +37,11 @@ def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds
         folder = Path(folder)
         output = folder / "output.jsonl"
         output.touch()
-        (folder / "job.json").write_text(json.dumps({**job, "output": str(output)}))
+        until = time.monotonic() + seconds  # a clock of the machine, the same in all processes
+        (folder / "job.json").write_text(json.dumps({**job, "output": str(output), "until": until}))
         processes = _start(folder, ranks, tiny)
         try:
-            ended = _wait(processes, output, time.monotonic() + seconds, case_seconds)
+            ended = _wait(processes, output, until, case_seconds)
         finally:
             for process in processes:
                 if process.poll() is None:

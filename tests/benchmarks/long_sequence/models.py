@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models of a run: our 2.5B decoder, a Llama of the same size, and tiny ones of the same make."""
 
+import math
 from dataclasses import asdict, replace
 
 from deepspeed_ds4sci.models import GenSLMConfig
@@ -43,8 +44,19 @@ def llama_as_decoder(tiny: bool) -> GenSLMConfig:
     )
 
 
-def job_of(rung: Rung, cases: list[tuple[int, int]], *, tiny: bool, steps: int, compute_layers: int | None) -> dict:
+def job_of(
+    rung: Rung,
+    cases: list[tuple[int, int]],
+    *,
+    tiny: bool,
+    compute_layers: int | None,
+    steps: int = 2,
+    repeat_under: float = math.inf,
+) -> dict:
     """What `launch.run_cases` runs.
+
+    Args:
+        steps: per case, the last is timed. repeat_under: seconds; after a longer step none follows.
 
     Raises:
         ValueError: computing fewer layers for a rung that is not ours or keeps attention outputs, which layers that
@@ -64,6 +76,7 @@ def job_of(rung: Rung, cases: list[tuple[int, int]], *, tiny: bool, steps: int, 
         "ds_config": rung.ds_config(tiny),
         "cases": [list(case) for case in cases],
         "steps": steps,
+        "repeat_under": repeat_under,
         "compute_layers": compute_layers,
         "device_mask": rung.device_mask,
         "tricks": list(rung.tricks),

@@ -2,7 +2,14 @@
 """The rungs: what is switched on, in the ds_config JSON alone, and where the search starts."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
+
+from deepspeed_ds4sci.config import check_combinations, read_block
+from deepspeed_ds4sci.config.schema import AttentionConfig
+from deepspeed_ds4sci.sequence.local_attention import unavailable_reason
+
+ATTENTION = get_args(AttentionConfig.model_fields["implementation"].annotation)
+"""Names of `ds4sci.attention.implementation`."""
 
 BASE = {
     "train_micro_batch_size_per_gpu": 1,
@@ -61,7 +68,7 @@ class Rung:
 def _tiny(features):
     """The same options for a CPU and hundreds of tokens: kernels that it has, small pieces, a low threshold."""
     features = {name: dict(block) for name, block in features.items()}
-    if features.get("attention", {}).get("implementation") in ("flash", "cudnn"):
+    if "attention" in features and unavailable_reason(features["attention"]["implementation"], "cpu"):
         del features["attention"]
     if "tiling" in features:
         features["tiling"] = dict.fromkeys(features["tiling"], 32)
@@ -71,7 +78,8 @@ def _tiny(features):
 
 
 def _ladder() -> list[Rung]:
-    flash = {"attention": {"implementation": "flash"}}
+    # What torch picks, as DeepSpeed's own path does: FlashAttention-2, or cuDNN's kernel where that is faster.
+    fused = {"attention": {"implementation": "fastest"}}
     full = {"activation_checkpointing": {"kind": "full"}}
     tiles = {"tiling": {"mlp": 16384, "loss": 16384}}
     to_host = {"activation_checkpointing": {"kind": "full", "cpu_offload": True}}
@@ -90,29 +98,29 @@ def _ladder() -> list[Rung]:
     ]
     no_mask = [
         Rung("math", "flash", "plain attention", 4096, {"attention": {"implementation": "math"}}),
-        Rung("flash", "flash", "+ flash attention", 12288, flash),
-        Rung("recompute", "flash", "+ activation checkpointing", 98304, flash | full),
-        Rung("tiling", "flash", "+ tiling", 106496, flash | full | tiles),
-        Rung("host-checkpoints", "flash", "+ checkpoints in CPU memory", 163840, flash | to_host | tiles),
+        Rung("flash", "flash", "+ fused attention", 12288, fused),
+        Rung("recompute", "flash", "+ activation checkpointing", 98304, fused | full),
+        Rung("tiling", "flash", "+ tiling", 106496, fused | full | tiles),
+        Rung("host-checkpoints", "flash", "+ checkpoints in CPU memory", 163840, fused | to_host | tiles),
         Rung(
-            "host-optimizer", "flash", "+ optimizer offload", 327680, flash | to_host | tiles, offload_optimizer=True
+            "host-optimizer", "flash", "+ optimizer offload", 327680, fused | to_host | tiles, offload_optimizer=True
         ),
         Rung(
             "two-gpus",
             "flash",
             "+ 2 GPUs",
             655360,
-            flash | to_host | tiles | two,
+            fused | to_host | tiles | two,
             offload_optimizer=True,
             gpus=2,
         ),
-        Rung("keep-attention", "flash", "tiled loss, attention outputs kept", 65536, flash | kept),
+        Rung("keep-attention", "flash", "tiled loss, attention outputs kept", 65536, fused | kept),
         Rung(
             "keep-attention-offload",
             "flash",
             "attention outputs kept, optimizer offload",
             131072,
-            flash | kept,
+            fused | kept,
             offload_optimizer=True,
         ),
         Rung(
@@ -120,7 +128,7 @@ def _ladder() -> list[Rung]:
             "flash",
             "attention outputs kept, checkpoints in CPU memory, optimizer offload",
             131072,
-            flash | kept_to_host,
+            fused | kept_to_host,
             offload_optimizer=True,
         ),
         Rung(
@@ -128,7 +136,7 @@ def _ladder() -> list[Rung]:
             "flash",
             "plain activation checkpointing, optimizer offload",
             131072,
-            flash | full,
+            fused | full,
             offload_optimizer=True,
         ),
     ]
@@ -205,11 +213,16 @@ def chosen_rungs(names: str, gpus: int) -> list[Rung]:
 
 
 def with_attention(rung: Rung, implementation: str) -> Rung:
-    """The rung with another implementation of attention, if it names one that is not "math"."""
+    """The rung with another implementation of attention, if it names one that is not "math".
+
+    Raises:
+        ValueError, NotImplementedError: the rung's other options do not go with it.
+    """
     named = rung.features.get("attention", {}).get("implementation", "math")
     if named == "math":
         return rung
     features = rung.features | {"attention": {"implementation": implementation}}
+    check_combinations(read_block({"ds4sci": features}), {"ds4sci": features})
     return replace(rung, features=features, says=f"{rung.says} ({implementation})")
 
 

@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload, _Away
 from deepspeed_ds4sci.hooks.host_memory import HostPool
+from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
 from deepspeed_ds4sci.sequence import blocks
 from tests.distributed import tiny_models
+from tests.helpers.live_memory import LiveMemory
 from tests.helpers.processes import run_python
 from tests.unit.hooks import apply
 
@@ -243,6 +245,29 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return current
+
+
+@pytest.mark.parametrize("kind", ["full", "keep_attention"])
+def test_at_most_two_layers_inputs_are_on_the_device(kind, streams, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+    def start(offload, device):
+        offload.pool, offload._stream = HostPool(pinned=False), _Stream()
+
+    monkeypatch.setattr(CheckpointOffload, "_start", start)
+    layers, hidden, tokens = 6, 64, 300
+    model = GenSLM(GenSLMConfig(hidden, layers, 2, 2 * hidden, tokens))
+    batch = {"input_ids": torch.randint(5, 69, (1, tokens))}
+    batch["labels"] = batch["input_ids"]
+
+    def peak(**block):
+        checkpointed, _ = with_hook(model, kind=kind, **block)
+        checkpointed(**batch).loss.backward()  # the gradients are there: else they grow while checkpoints go
+        with LiveMemory() as memory:
+            checkpointed(**batch).loss.backward()
+        return memory.peak
+
+    assert peak() - peak(cpu_offload=True) >= (layers - 2) * tokens * hidden * 4
 
 
 def test_a_tensor_dropped_anywhere_is_waited_for_on_the_stream_it_came_from(streams):
