@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the README's tables equal to the committed records.
+"""Keeps the tables of the READMEs equal to the committed records.
 
-    python -m tests.benchmarks.tables           # rewrites the tables of README.md
+    python -m tests.benchmarks.tables           # rewrites the tables of README.md and examples/genslm/README.md
     python -m tests.benchmarks.tables --check   # exit code 1 if one is out of date
 
 A table stands between two comments. The name is that of a record in `tests/benchmarks/results/`:
@@ -11,18 +11,27 @@ A table stands between two comments. The name is that of a record in `tests/benc
 
 Options, all optional: `show` (time: milliseconds of every pass; memory: peak MiB of forward + backward above the
 inputs), `columns` (implementations, default all that were timed), `shapes` (names, default all).
+
+How long sequences train is a table of every length in some records of `results/long_sequence/`:
+
+    <!-- lengths:h100-steps_65536,h100-steps_131072 -->
+    <!-- /lengths -->
 """
 
 import argparse
+import json
 import re
 from pathlib import Path
 
+from tests.benchmarks.long_sequence.report import markdown_lengths
 from tests.benchmarks.record import machine_line, read
 from tests.benchmarks.table import cell, implementations, memory_cell
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
+FILES = [ROOT / "README.md", ROOT / "examples" / "genslm" / "README.md"]
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w.-]+)(?P<options>[^>]*?) -->\n.*?<!-- /bench:(?P=name) -->", re.S)
+LENGTHS = re.compile(r"<!-- lengths:(?P<names>[\w.,-]+) -->\n.*?<!-- /lengths -->", re.S)
 OPTIONS = {"show": "time", "columns": "", "shapes": ""}
 
 
@@ -99,12 +108,17 @@ def updated(text: str, results: Path = RESULTS) -> str:
         table = markdown(read(results / f"{name}.json"), options_of(match["options"]))
         return f"<!-- bench:{name}{match['options']} -->\n{table}<!-- /bench:{name} -->"
 
-    return BLOCK.sub(replace, text)
+    def replace_lengths(match: re.Match) -> str:
+        paths = [results / "long_sequence" / f"{name}.json" for name in match["names"].split(",")]
+        table = markdown_lengths([json.loads(path.read_text()) for path in paths])
+        return f"<!-- lengths:{match['names']} -->\n{table}<!-- /lengths -->"
+
+    return LENGTHS.sub(replace_lengths, BLOCK.sub(replace, text))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "README.md"])
+    parser.add_argument("files", nargs="*", type=Path, default=FILES)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is out of date")
     options = parser.parse_args()
     stale = 0

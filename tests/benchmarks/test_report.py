@@ -150,12 +150,47 @@ def test_tables_are_replaced_between_their_markers(made, tmp_path):
     assert tables.updated(new, tmp_path) == new
 
 
-def test_tables_of_the_readme_are_those_of_the_records():
-    readme = tables.ROOT / "README.md"
-    if not readme.exists() or not tables.BLOCK.search(readme.read_text()):
-        pytest.skip("README.md has no table of measured figures yet")
-    text = readme.read_text()
-    assert tables.updated(text) == text, "run: python -m tests.benchmarks.tables"
+def test_tables_of_the_readmes_are_those_of_the_records():
+    for path in tables.FILES:
+        text = path.read_text()
+        assert tables.BLOCK.search(text) or tables.LENGTHS.search(text), f"{path} has no table of measured figures"
+        assert tables.updated(text) == text, "run: python -m tests.benchmarks.tables"
+
+
+def test_a_table_of_lengths_has_what_was_measured_and_says_which_run(tmp_path):
+    folder = tmp_path / "long_sequence"
+    folder.mkdir()
+    figures = {
+        "device_gib": 1.5,
+        "host_gib": 2.0,
+        "tokens_per_second": 1e3,
+        "tflops": 3.0,
+        "method_tflops": 9.0,
+        "mfu": 0.25,
+    }
+    cases = [
+        {"length": 1024, "status": "ok", "seconds": 4.0, "timed_step": 2, **figures},
+        {"length": 2048, "status": "ok", "seconds": 9.0, "timed_step": 1, **figures},
+        {"length": 4096, "status": "out of memory"},
+        {"length": 8192, "status": "failed"},
+    ]
+    made = {
+        "machine": {
+            "device": "H",
+            "driver": "1",
+            "cuda": "2",
+            "torch": "3",
+            "commit": "4",
+            "date": "5",
+            "command": "run it",
+        },
+        "rungs": [{"name": "full", "says": "all of it", "computed_layers": 8, "cases": cases}],
+    }
+    (folder / "a.json").write_text(json.dumps(made))
+    lines = tables.updated("<!-- lengths:a -->\nold\n<!-- /lengths -->\n", tmp_path).splitlines()
+    assert lines[3] == "| `full`: all of it, 8 layers computed | 1,024 | 1.5 | 2.0 | 4 | 1,000 | 3 | 25.0 % |"
+    assert "| 2,048 | 1.5 | 2.0 | 9 (first) |" in lines[4] and "| 4,096 | out of memory |" in lines[5]
+    assert "run it" in lines[7] and "8,192" not in " ".join(lines)
 
 
 def test_every_committed_record_can_be_read():

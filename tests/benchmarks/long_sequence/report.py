@@ -97,6 +97,23 @@ def ladder_table(record: dict) -> str:
     return aligned(rows)
 
 
+def markdown_lengths(records: list[dict]) -> str:
+    """For a README: a line per length that a rung of the records tried, in their order, and the runs they are from."""
+    columns = [(column, HEADS.index(column)) for column in HEADS if column != "method's TFLOP/s"]
+    rows = ["| rung | tokens | " + " | ".join(name for name, _ in columns) + " |"]
+    rows.append("|---" * (2 + len(columns)) + "|")
+    for record in records:
+        for rung in record["rungs"]:
+            layers = f", {rung['computed_layers']} layers computed" if rung["computed_layers"] else ""
+            for case in rung["cases"]:
+                if case["status"] == "failed":  # not for want of memory or time: nothing was measured
+                    continue
+                figures = " | ".join(cells(case)[index] for _, index in columns)
+                rows.append(f"| `{rung['name']}`: {rung['says']}{layers} | {case['length']:,} | {figures} |")
+    runs = [f"{machine_line(record['machine'])} | `{record['machine']['command']}`" for record in records]
+    return "\n".join([*rows, "", "\\\n".join(runs), ""])
+
+
 def draw_ladder(record: dict, path: Path) -> None:
     """Longest sequence per rung, and TFLOP/s of every length tried."""
     pyplot = _pyplot()
