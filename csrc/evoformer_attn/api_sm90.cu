@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Hopper kernels' entry points; the same arguments and results as those of api.cu.
 #include "entry.h"
+#include "sm90/dpair_plan.h"
 #include "sm90/launch.h"
 #include "sm90/tensor_maps.h"
 
@@ -78,26 +79,7 @@ extern "C" int64_t ds4sci_evoformer_sm90_workspace_bytes(const EvoformerParams* 
 }
 
 extern "C" int32_t ds4sci_evoformer_sm90_dpair_splits(const EvoformerParams* params, int32_t num_sms) {
-    if (params->pair_bias == nullptr) return 1;
-    const KernelParams p = basic_kernel_params(*params);
-    const int64_t blocks =
-        static_cast<int64_t>(ceil_div(p.q_len, 128)) * ceil_div(p.k_len, 128) * p.heads * p.num_groups;
-    const int64_t copy_bytes = static_cast<int64_t>(p.num_groups) * p.heads * p.q_len * p.k_len * 4;
-    // The fewest shares that keep nine tenths of the multiprocessors busy, else those that keep the most; each costs
-    // an fp32 copy of the gradient, so at most 64 MiB of them.
-    int32_t best = 1;
-    double best_use = 0.;
-    for (int32_t splits = 1; splits <= 32 && splits <= p.rows_per_group; ++splits) {
-        if (splits > 1 && splits * copy_bytes > static_cast<int64_t>(64) << 20) break;
-        const int64_t waves = ceil_div<int64_t>(blocks * splits, num_sms);
-        const double use = static_cast<double>(blocks * splits) / static_cast<double>(waves * num_sms);
-        if (use > best_use) {
-            best = splits;
-            best_use = use;
-        }
-        if (best_use >= 0.9) break;
-    }
-    return best;
+    return params->pair_bias == nullptr ? 1 : DpairPlan::of(basic_kernel_params(*params), num_sms).splits;
 }
 
 extern "C" int32_t ds4sci_evoformer_sm90_fwd(const EvoformerParams* params) {
@@ -120,17 +102,27 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
     if (params->dpair_out != nullptr && params->dpair_bias == nullptr && params->dpair_splits != 1)
         return kInvalidArgument;
     Sm90Params p = make_sm90_params(*params, true, nullptr);
+    bool wants_dpair = p.dpair_bias != nullptr || p.dpair_out != nullptr, wants_dq = p.dq != nullptr;
+    if (wants_dpair && p.dpair_splits > p.rows_per_group) return kInvalidArgument;  // a share would have no rows
     return DS4SCI_SM90_DTYPE_SWITCH(p.dtype, [&] {
         return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
             cudaError_t status = run_sm90_prepare<T>(p);
             read_gated_d_o(p);
             if (status == cudaSuccess) status = encode_maps(p, kHeadDim);
             p.follows_prepare = true;
-            if (status == cudaSuccess && (p.dpair_bias != nullptr || p.dpair_out != nullptr)) {
+            int32_t num_sms = 0;
+            if (status == cudaSuccess) status = count_multiprocessors(&num_sms);
+            if constexpr (kHeadDim <= 32) {
+                if (status == cudaSuccess && wants_dpair && DpairPlan::of(p, num_sms).with_dq) {
+                    status = run_sm90_bwd_dq_dpair<T, kHeadDim>(p);
+                    p.follows_prepare = wants_dpair = wants_dq = false;
+                }
+            }
+            if (status == cudaSuccess && wants_dpair) {
                 status = run_sm90_bwd_dpair<T, kHeadDim>(p);
                 p.follows_prepare = false;
             }
-            if (status == cudaSuccess && p.dq != nullptr) {
+            if (status == cudaSuccess && wants_dq) {
                 status = run_sm90_bwd_dq<T, kHeadDim>(p);
                 p.follows_prepare = false;
             }

@@ -17,10 +17,6 @@ DS4SCI_DEVICE void store_rounded(T* out, float x) {
     }
 }
 
-DS4SCI_HOST_DEVICE constexpr int64_t dpair_elements(const KernelParams& p) {
-    return static_cast<int64_t>(p.num_groups) * p.heads * p.q_len * p.k_len;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads) finish_dpair_kernel(const __grid_constant__ KernelParams p) {
     const int64_t count = dpair_elements(p), i = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;

@@ -25,6 +25,11 @@ struct KernelParams : EvoformerParams {
     DS4SCI_HOST_DEVICE int pair_element_bytes() const { return pair_bias == nullptr ? 0 : pair_is_fp32() ? 4 : 2; }
 };
 
+// Elements of d(pair_bias), before it is added up over samples or heads that share a bias.
+DS4SCI_HOST_DEVICE constexpr int64_t dpair_elements(const KernelParams& p) {
+    return static_cast<int64_t>(p.num_groups) * p.heads * p.q_len * p.k_len;
+}
+
 template <typename T>
 struct LseType {
     using type = float;

@@ -234,6 +234,9 @@ class Extension:
         if of_backward is not None:
             do_stride, _, (want_dq, want_dk, want_dv, want_dmask, want_dpair, _) = of_backward
             params.d_o_stride = RowStrides(*do_stride[:4])
+            outputs = {"dq": want_dq, "dk": want_dk or want_dv, "dmask_bias": want_dmask, "dpair_bias": want_dpair}
+            _point(params, ["d_o", *(name for name, is_wanted in outputs.items() if is_wanted)], _SOME_ADDRESS)
+            params.dv = params.dk
             if want_dpair:
                 params.dpair_splits = functions.dpair_splits(params, _num_sms(layout.device))
                 several = params.dpair_splits > 1
@@ -242,9 +245,6 @@ class Extension:
                 if several or not finishes_dpair or not _ROUNDS_AN_ONLY_SHARE[path]:
                     shares = (params.dpair_splits,) if several else ()
                     dpair_shape = (*shares, layout.pair.shape[0], 1, heads, q_len, k_len)
-            outputs = {"dq": want_dq, "dk": want_dk or want_dv, "dmask_bias": want_dmask, "dpair_bias": want_dpair}
-            _point(params, ["d_o", *(name for name, is_wanted in outputs.items() if is_wanted)], _SOME_ADDRESS)
-            params.dv = params.dk
         workspace_bytes = functions.workspace_bytes(params, int(of_backward is not None))
         _point(params, POINTERS, None)
         return _Plan(

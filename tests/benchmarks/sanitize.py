@@ -62,6 +62,12 @@ VARIANTS = (
     Small(rows=3, q_len=129, gate=True),
     Small(rows=70, head_dim=24, layout="ending", gate=True),
     Small(rows=4, head_dim=64, mask="bool", unlucky=True, gate=True),
+    # clusters of blocks
+    Small(rows=3, k_len=250, heads=20),
+    Small(rows=6, k_len=300, heads=13, head_dim=16),
+    Small(rows=9, k_len=500, heads=10),
+    Small(rows=13, q_len=300, k_len=250, heads=20, head_dim=16),
+    Small(rows=4, k_len=700, heads=8),
 )
 
 

@@ -113,7 +113,8 @@ def test_sanitizer_cases_run(small):
 def test_sanitizer_runs_what_each_implementation_takes(capsys, monkeypatch):
     monkeypatch.setattr(sanitize, "cases", lambda: [(torch.float32, small) for small in VARIANTS])
     sanitize.main(["--impl", "tiled,reference", "--device", "cpu", "--quick"])
-    assert capsys.readouterr().out == "tiled: 5 of 5 cases ran\nreference: 5 of 5 cases ran\n"
+    all_of_them = f"{len(VARIANTS[::4])} of {len(VARIANTS[::4])} cases ran"
+    assert capsys.readouterr().out == f"tiled: {all_of_them}\nreference: {all_of_them}\n"
     with pytest.raises(SystemExit, match="sm90 takes none of the cases on cpu"):
         sanitize.main(["--impl", "sm90", "--device", "cpu"])
     with pytest.raises(SystemExit, match="none of sm90, sm80 takes any case on cpu"):

@@ -17,29 +17,25 @@ namespace ds4sci {
 // The softmax state of one warp's 16 rows without a running maximum; interface of OnlineSoftmax.
 template <typename T>
 struct StaticSoftmax {
-    // This lane's share of the sums of rows quad, quad + 8: of the terms, for lse; and of the terms rounded to T,
-    // which the product with V takes. So a key with all the weight has weight 1 in both passes, although its own term
-    // is no power of two.
-    float sum[2], rounded_sum[2];
+    // Row sums of the terms, for lse: this lane's share of rows quad, quad + 8. And of the terms rounded to T, which
+    // the product with V takes, by a product with ones: so a key with all the weight has weight 1 in both passes,
+    // although its own term is no power of two.
+    float sum[2], rounded_sum[1][4];
 
-    DS4SCI_DEVICE void reset() { sum[0] = sum[1] = rounded_sum[0] = rounded_sum[1] = 0.f; }
-    DS4SCI_DEVICE void add_rounded(const uint32_t (&packed)[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 terms = unpack2<T>(packed[i]);
-            rounded_sum[i % 2] += terms.x + terms.y;
-        }
+    DS4SCI_DEVICE void reset() {
+        sum[0] = sum[1] = 0.f;
+        zero_bias(rounded_sum);
     }
     DS4SCI_DEVICE void finish() {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             sum[i] += shfl_xor(sum[i], 1);
             sum[i] += shfl_xor(sum[i], 2);
-            rounded_sum[i] += shfl_xor(rounded_sum[i], 1);
-            rounded_sum[i] += shfl_xor(rounded_sum[i], 2);
         }
     }
-    DS4SCI_DEVICE float normaliser(int i) const { return rounded_sum[i] == 0.f ? 0.f : 1.f / rounded_sum[i]; }
+    DS4SCI_DEVICE float normaliser(int i) const {
+        return rounded_sum[0][2 * i] == 0.f ? 0.f : 1.f / rounded_sum[0][2 * i];
+    }
     template <typename Lse>
     DS4SCI_DEVICE Lse lse(int i) const {
         return sum[i] == 0.f ? -INFINITY : log2f(sum[i]) * kLn2;
@@ -67,6 +63,8 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
     using Tile = Sm90FwdTile<kHeadDim, kPair>;
     using Rows = RowTile<kHeadDim>;
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
+    if (threadIdx.x < kOnesBytes / 4) sts_u32(Tile::kOnesOffset + threadIdx.x * 4, pack2<T>(1.f, 1.f));
+    async_proxy_fence();
     Tile::init(smem_base, true);
     if (marked_items_only && p.redo[0] == 0) return;
     auto ring = Tile::ring();
@@ -134,6 +132,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
         const MatrixOperand key_tiles = Rows::over_dim(Tile::key_tile(kSmemBase, warpgroup));
         const MatrixOperand value_tiles = Rows::over_positions(Tile::value_tile(kSmemBase, warpgroup));
         const MatrixOperand aux_tiles = aux_operand(Tile::aux_tile(kSmemBase, warpgroup));
+        const MatrixOperand ones_tile = ones_operand(Tile::kOnesOffset);
         const uint32_t bias_tiles = kept(kSmemBase + bias_fragment(warp_row, lane));
         typename Tile::OwnRing queries = Tile::own_ring(warpgroup);
 
@@ -199,11 +198,15 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 }
                 wgmma_fence();
                 Rows::template product_pb<T>(o[half], packed, value_tiles.plus(stage * Tile::kStageBytes));
-                wgmma_commit();
                 if constexpr (!kOnline) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) softmax[half].add_rounded(packed[i]);
+                    for (int i = 0; i < 4; ++i) wgmma_rs<T, false>(softmax[half].rounded_sum, packed[i], ones_tile);
                 }
+                wgmma_commit();
+            };
+            auto output_complete = [&](int half) {
+                wgmma_complete(o[half]);
+                if constexpr (!kOnline) wgmma_complete(softmax[half].rounded_sum);
             };
 
             uint32_t finished_stage = 0;  // its values are read until the next wait
@@ -248,7 +251,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                         start_logits(s[half ^ 1], half ^ 1, half == 0 || last ? ring.stage : next.stage);
                         add_bias(s[half], half, ring.stage, p.k_len - k_tile * kTileRows);
                         wgmma_wait<1>();
-                        wgmma_complete(o[half ^ 1]);
+                        output_complete(half ^ 1);
                         if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
                         start_output(s[half], packed, half, ring.stage);
                         wgmma_wait<1>();
@@ -260,8 +263,8 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             }
             const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, queries.stage));
             wgmma_wait<0>();
-            wgmma_complete(o[0]);
-            wgmma_complete(o[1]);
+            output_complete(0);
+            output_complete(1);
             mbarrier_arrive_if(finished_stage, lane == 0);
             mbarrier_arrive_if(queries.empty(), lane == 0);
             queries.advance();

@@ -3,7 +3,9 @@
 #pragma once
 #include "sm90/bwd_dkv_kernel.cuh"
 #include "sm90/bwd_dpair_kernel.cuh"
+#include "sm90/bwd_dq_dpair_kernel.cuh"
 #include "sm90/bwd_dq_kernel.cuh"
+#include "sm90/dpair_plan.h"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/launch.h"
 #include "sm90/prepare_kernel.cuh"
@@ -15,11 +17,10 @@ template <typename Tile, typename... Arguments>
 cudaError_t launch_persistent(void (*kernel)(Sm90Params, Arguments...), int64_t num_items, const Sm90Params& p,
                               Arguments... arguments) {
     if (num_items > 2147483647) return cudaErrorInvalidConfiguration;
-    int device = 0, num_sms = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    int num_sms = 0;
+    const cudaError_t status = count_multiprocessors(&num_sms);
     if (status != cudaSuccess) return status;
-    return launch_overlapping(kernel, num_items < num_sms ? num_items : num_sms, Tile::kThreads, Tile::kSmemBytes,
+    return launch_overlapping(kernel, {num_items < num_sms ? num_items : num_sms, Tile::kThreads, Tile::kSmemBytes},
                               p.stream, p, arguments...);
 }
 
@@ -32,8 +33,9 @@ int64_t num_position_items(const KernelParams& p, int length) {
 template <typename T>
 cudaError_t run_sm90_prepare(const Sm90Params& p) {
     const Sm90PrepareBlocks blocks = Sm90PrepareBlocks::of(p);
-    return launch_overlapping(&sm90_prepare_kernel<T>, blocks.pair + blocks.key + blocks.vectors + blocks.marks,
-                              kPrepareThreads, 0, p.stream, p);
+    return launch_overlapping(&sm90_prepare_kernel<T>,
+                              {blocks.pair + blocks.key + blocks.vectors + blocks.marks, kPrepareThreads, 0}, p.stream,
+                              p);
 }
 
 template <typename T, int kHeadDim, bool kPair>
@@ -81,8 +83,32 @@ cudaError_t run_sm90_bwd_dpair(const Sm90Params& p) {
     const int64_t tiles =
         static_cast<int64_t>(ceil_div(p.q_len, Tile::kPositions)) * ceil_div(p.k_len, Tile::kPositions);
     return launch_overlapping(&evoformer_sm90_bwd_dpair_kernel<T, kHeadDim>,
-                              tiles * p.heads * p.num_groups * p.dpair_splits, Tile::kThreads, Tile::kSmemBytes,
+                              {tiles * p.heads * p.num_groups * p.dpair_splits, Tile::kThreads, Tile::kSmemBytes},
                               p.stream, p);
+}
+
+template <typename T, int kHeadDim, int kBlocks>
+cudaError_t launch_sm90_bwd_dq_dpair(const Sm90Params& p) {
+    using Tile = Sm90BwdDqDpairTile<kHeadDim>;
+    const int64_t clusters =
+        static_cast<int64_t>(ceil_div(p.q_len, Tile::kPositions)) * p.heads * p.num_groups * p.dpair_splits;
+    return launch_overlapping(&evoformer_sm90_bwd_dq_dpair_kernel<T, kHeadDim, kBlocks>,
+                              {clusters, Tile::kThreads, Tile::kSmemBytes, kBlocks}, p.stream, p);
+}
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_dq_dpair(const Sm90Params& p) {
+    switch (dq_dpair_cluster(p.k_len)) {
+        case 2:
+            return launch_sm90_bwd_dq_dpair<T, kHeadDim, 2>(p);
+        case 3:
+            return launch_sm90_bwd_dq_dpair<T, kHeadDim, 3>(p);
+        case 4:
+            return launch_sm90_bwd_dq_dpair<T, kHeadDim, 4>(p);
+        case 6:
+            return launch_sm90_bwd_dq_dpair<T, kHeadDim, 6>(p);
+        default:
+            return cudaErrorInvalidValue;
+    }
 }
 
 }  // namespace ds4sci

@@ -5,6 +5,12 @@
 
 namespace ds4sci {
 
+inline cudaError_t count_multiprocessors(int32_t* num_sms) {
+    int device = 0;
+    const cudaError_t status = cudaGetDevice(&device);
+    return status == cudaSuccess ? cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device) : status;
+}
+
 // Rows that one block of the forward kernel handles at once.
 constexpr int sm90_rows_per_block(int head_dim) { return head_dim <= 32 ? 3 : 2; }
 
@@ -18,5 +24,7 @@ template <typename T, int kHeadDim>
 cudaError_t run_sm90_bwd_dkv(const Sm90Params& p);
 template <typename T, int kHeadDim>
 cudaError_t run_sm90_bwd_dpair(const Sm90Params& p);
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_dq_dpair(const Sm90Params& p);
 
 }  // namespace ds4sci

@@ -18,6 +18,13 @@ constexpr uint32_t kSmemBase = 1024;
 DS4SCI_DEVICE void check_smem_base(const void* smem) {
     if (smem_address(smem) != kSmemBase) __trap();
 }
+// In a block of a cluster: what turns an address from kSmemBase on into one for everything but wgmma, since a small
+// address is the first block's there.
+DS4SCI_DEVICE uint32_t cluster_window(const void* smem) {
+    const uint32_t address = smem_address(smem);
+    if ((address & 0xffffff) != kSmemBase) __trap();
+    return address - kSmemBase;
+}
 
 // ---- mbarrier ----
 DS4SCI_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -42,6 +49,16 @@ DS4SCI_DEVICE void mbarrier_arrive_if(uint32_t barrier, bool condition) {
 // One arrival; the phase also waits for `bytes` written by the copy engine.
 DS4SCI_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DS4SCI_DEVICE void mbarrier_arrive_expect_if(uint32_t barrier, uint32_t bytes, bool condition) {
+    asm volatile(
+        "{\n"
+        ".reg .pred P;\n"
+        "setp.ne.u32 P, %2, 0;\n"
+        "@P mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"
+        "}" ::"r"(barrier),
+        "r"(bytes), "r"(static_cast<uint32_t>(condition))
+        : "memory");
 }
 DS4SCI_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -94,6 +111,14 @@ DS4SCI_DEVICE void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Write one warp's 16 x 16 elements, packed as a product's first operand, as four 8 x 8 matrices; lane i gives the
+// address of one row of matrix i / 8.
+DS4SCI_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 DS4SCI_DEVICE uint32_t shfl_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 // The same value, of unknown origin to the compiler: kept in a register rather than computed again.
 DS4SCI_DEVICE uint32_t kept(uint32_t x) {
@@ -125,6 +150,18 @@ DS4SCI_DEVICE uint32_t lds_u32(uint32_t address) {
     return x;
 }
 
+// One instruction, as mbarrier_arrive_if.
+DS4SCI_DEVICE void store_global_if(void* dst, uint32_t x, bool condition) {
+    asm volatile(
+        "{\n"
+        ".reg .pred P;\n"
+        "setp.ne.u32 P, %2, 0;\n"
+        "@P st.global.u32 [%0], %1;\n"
+        "}" ::"l"(dst),
+        "r"(x), "r"(static_cast<uint32_t>(condition))
+        : "memory");
+}
+
 // ---- kernels that overlap ----
 // Until every kernel launched before in the stream is complete and its results are visible.
 DS4SCI_DEVICE void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -133,6 +170,44 @@ DS4SCI_DEVICE void wait_for_previous_kernels() { asm volatile("griddepcontrol.wa
 DS4SCI_DEVICE void see_what_is_complete() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // The next kernel may start where this one leaves multiprocessors free.
 DS4SCI_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- clusters ----
+// All threads of all blocks of the cluster.
+DS4SCI_DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// Where a block's shared memory lies for the cluster. Addresses within it keep their distances.
+DS4SCI_DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
+    uint32_t remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+// Written without waiting; counts as bytes written on `barrier`, of the same block as `dst`.
+template <int kWords>
+DS4SCI_DEVICE void cluster_store(uint32_t dst, const float (&x)[kWords], uint32_t barrier) {
+    static_assert(kWords == 2 || kWords == 4, "8 or 16 bytes");
+    if constexpr (kWords == 4) {
+        asm volatile(
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(dst),
+            "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(barrier)
+            : "memory");
+    } else {
+        asm volatile(
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(dst),
+            "f"(x[0]), "f"(x[1]), "r"(barrier)
+            : "memory");
+    }
+}
+DS4SCI_DEVICE void cluster_store_if(uint32_t dst, uint32_t x, uint32_t barrier, bool condition) {
+    asm volatile(
+        "{\n"
+        ".reg .pred P;\n"
+        "setp.ne.u32 P, %3, 0;\n"
+        "@P st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];\n"
+        "}" ::"r"(dst),
+        "r"(x), "r"(barrier), "r"(static_cast<uint32_t>(condition))
+        : "memory");
+}
 
 // Hand registers from warpgroups that copy to warpgroups that compute.
 template <int kRegisters>
@@ -176,78 +251,99 @@ struct MatrixOperand {
 };
 
 #define DS4SCI_ACC4(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define DS4SCI_ACC_N8(d) DS4SCI_ACC4(d, 0)
 #define DS4SCI_ACC_N16(d) DS4SCI_ACC4(d, 0), DS4SCI_ACC4(d, 1)
 #define DS4SCI_ACC_N32(d) DS4SCI_ACC_N16(d), DS4SCI_ACC4(d, 2), DS4SCI_ACC4(d, 3)
 #define DS4SCI_ACC_N64(d) DS4SCI_ACC_N32(d), DS4SCI_ACC4(d, 4), DS4SCI_ACC4(d, 5), DS4SCI_ACC4(d, 6), DS4SCI_ACC4(d, 7)
+#define DS4SCI_REGISTERS_N8 "{%0,%1,%2,%3}"
 #define DS4SCI_REGISTERS_N16 "{%0,%1,%2,%3,%4,%5,%6,%7}"
 #define DS4SCI_REGISTERS_N32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
 #define DS4SCI_REGISTERS_N64                                                                                          \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%"                                        \
     "20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
 
-// A and B in shared memory, rows contiguous along the summed axis. kAdd: adds to d, else replaces it.
-#define DS4SCI_WGMMA_SS(N, FORMAT, A, B, ADD)                                                                         \
+// A and B in shared memory, A's rows contiguous along the summed axis. kAdd: adds to d, else replaces it. kTransposed:
+// B's rows are contiguous along n instead of along k.
+#define DS4SCI_WGMMA_SS(N, FORMAT, A, B, ADD, TRANSPOSED)                                                             \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FORMAT " " DS4SCI_REGISTERS_N##N                   \
-                 ",%" #A ",%" #B ",%" #ADD ",1,1,0,0;"                                                                \
+                 ",%" #A ",%" #B ",%" #ADD ",1,1,0,%" #TRANSPOSED ";"                                                 \
                  : DS4SCI_ACC_N##N(d)                                                                                 \
-                 : "l"(a.bits()), "l"(b.bits()), "n"(kAdd ? 1 : 0))
-template <typename T, bool kAdd, int kTiles>
+                 : "l"(a.bits()), "l"(b.bits()), "n"(kAdd ? 1 : 0), "n"(kTransposed ? 1 : 0))
+template <typename T, bool kAdd, bool kTransposed, int kTiles>
 DS4SCI_DEVICE void wgmma_ss(float (&d)[kTiles][4], MatrixOperand a, MatrixOperand b) {
-    static_assert(kTiles == 4 || kTiles == 8, "n is 32 or 64");
-    if constexpr (kTiles == 4 && kIsBf16<T>) {
-        DS4SCI_WGMMA_SS(32, "bf16.bf16", 16, 17, 18);
+    static_assert(kTiles == 2 || kTiles == 4 || kTiles == 8, "n is 16, 32 or 64");
+    if constexpr (kTiles == 2 && kIsBf16<T>) {
+        DS4SCI_WGMMA_SS(16, "bf16.bf16", 8, 9, 10, 11);
+    } else if constexpr (kTiles == 2) {
+        DS4SCI_WGMMA_SS(16, "f16.f16", 8, 9, 10, 11);
+    } else if constexpr (kTiles == 4 && kIsBf16<T>) {
+        DS4SCI_WGMMA_SS(32, "bf16.bf16", 16, 17, 18, 19);
     } else if constexpr (kTiles == 4) {
-        DS4SCI_WGMMA_SS(32, "f16.f16", 16, 17, 18);
+        DS4SCI_WGMMA_SS(32, "f16.f16", 16, 17, 18, 19);
     } else if constexpr (kIsBf16<T>) {
-        DS4SCI_WGMMA_SS(64, "bf16.bf16", 32, 33, 34);
+        DS4SCI_WGMMA_SS(64, "bf16.bf16", 32, 33, 34, 35);
     } else {
-        DS4SCI_WGMMA_SS(64, "f16.f16", 32, 33, 34);
+        DS4SCI_WGMMA_SS(64, "f16.f16", 32, 33, 34, 35);
     }
 }
 
-// A in registers, B in shared memory: adds to d. kTransposed: B's rows are contiguous along n instead of along k.
-#define DS4SCI_WGMMA_RS(N, FORMAT, A0, A1, A2, A3, B, TRANSPOSED)                                                     \
+// A in registers, B in shared memory. kTransposed: B's rows are contiguous along n instead of along k. kAdd as above.
+#define DS4SCI_WGMMA_RS(N, FORMAT, A0, A1, A2, A3, B, TRANSPOSED, ADD)                                                \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FORMAT " " DS4SCI_REGISTERS_N##N                   \
-                 ",{%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "},%" #B ",1,1,1,%" #TRANSPOSED ";"                             \
+                 ",{%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "},%" #B ",%" #ADD ",1,1,%" #TRANSPOSED ";"                     \
                  : DS4SCI_ACC_N##N(d)                                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "n"(kTransposed ? 1 : 0))
-template <typename T, bool kTransposed, int kTiles>
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "n"(kTransposed ? 1 : 0),               \
+                   "n"(kAdd ? 1 : 0))
+template <typename T, bool kTransposed, bool kAdd = true, int kTiles>
 DS4SCI_DEVICE void wgmma_rs(float (&d)[kTiles][4], const uint32_t (&a)[4], MatrixOperand b) {
-    static_assert(kTiles == 2 || kTiles == 4 || kTiles == 8, "n is 16, 32 or 64");
-    if constexpr (kTiles == 2 && kIsBf16<T>) {
-        DS4SCI_WGMMA_RS(16, "bf16.bf16", 8, 9, 10, 11, 12, 13);
+    static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4 || kTiles == 8, "n is 8, 16, 32 or 64");
+    if constexpr (kTiles == 1 && kIsBf16<T>) {
+        DS4SCI_WGMMA_RS(8, "bf16.bf16", 4, 5, 6, 7, 8, 9, 10);
+    } else if constexpr (kTiles == 1) {
+        DS4SCI_WGMMA_RS(8, "f16.f16", 4, 5, 6, 7, 8, 9, 10);
+    } else if constexpr (kTiles == 2 && kIsBf16<T>) {
+        DS4SCI_WGMMA_RS(16, "bf16.bf16", 8, 9, 10, 11, 12, 13, 14);
     } else if constexpr (kTiles == 2) {
-        DS4SCI_WGMMA_RS(16, "f16.f16", 8, 9, 10, 11, 12, 13);
+        DS4SCI_WGMMA_RS(16, "f16.f16", 8, 9, 10, 11, 12, 13, 14);
     } else if constexpr (kTiles == 4 && kIsBf16<T>) {
-        DS4SCI_WGMMA_RS(32, "bf16.bf16", 16, 17, 18, 19, 20, 21);
+        DS4SCI_WGMMA_RS(32, "bf16.bf16", 16, 17, 18, 19, 20, 21, 22);
     } else if constexpr (kTiles == 4) {
-        DS4SCI_WGMMA_RS(32, "f16.f16", 16, 17, 18, 19, 20, 21);
+        DS4SCI_WGMMA_RS(32, "f16.f16", 16, 17, 18, 19, 20, 21, 22);
     } else if constexpr (kIsBf16<T>) {
-        DS4SCI_WGMMA_RS(64, "bf16.bf16", 32, 33, 34, 35, 36, 37);
+        DS4SCI_WGMMA_RS(64, "bf16.bf16", 32, 33, 34, 35, 36, 37, 38);
     } else {
-        DS4SCI_WGMMA_RS(64, "f16.f16", 32, 33, 34, 35, 36, 37);
+        DS4SCI_WGMMA_RS(64, "f16.f16", 32, 33, 34, 35, 36, 37, 38);
     }
 }
 
 // ---- launch ----
+struct LaunchShape {
+    int64_t blocks;
+    int threads, smem_bytes;
+    int cluster =
+        1;  // so many times `blocks`, along y: those run at the same time and reach each other's shared memory
+};
+
 // Into the stream, to start before the kernels ahead of it are complete: it waits for them itself.
 template <typename Params, typename... Arguments>
-cudaError_t launch_overlapping(void (*kernel)(Params, Arguments...), int64_t num_blocks, int num_threads,
-                               int smem_bytes, void* stream, const Params& params, Arguments... arguments) {
-    if (num_blocks > 2147483647) return cudaErrorInvalidConfiguration;
+cudaError_t launch_overlapping(void (*kernel)(Params, Arguments...), const LaunchShape& shape, void* stream,
+                               const Params& params, Arguments... arguments) {
+    if (shape.blocks > 2147483647) return cudaErrorInvalidConfiguration;
     const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes);
     if (status != cudaSuccess) return status;
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {1, static_cast<unsigned>(shape.cluster), 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(num_blocks));
-    config.blockDim = dim3(num_threads);
-    config.dynamicSmemBytes = smem_bytes;
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks), shape.cluster);
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.smem_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &overlap;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = shape.cluster > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, params, arguments...);
 }
 

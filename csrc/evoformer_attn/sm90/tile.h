@@ -36,9 +36,17 @@ struct RowTile {
     // s = a b^T over the head dim, 64 rows by 8 * kTiles.
     template <typename T, int kTiles>
     static DS4SCI_DEVICE void product_abt(float (&s)[kTiles][4], MatrixOperand a, MatrixOperand b) {
-        wgmma_ss<T, false>(s, a, b);
+        wgmma_ss<T, false, false>(s, a, b);
 #pragma unroll
-        for (int i = 1; i < kHeadDim / 16; ++i) wgmma_ss<T, true>(s, a.plus(i * kDimStep), b.plus(i * kDimStep));
+        for (int i = 1; i < kHeadDim / 16; ++i)
+            wgmma_ss<T, true, false>(s, a.plus(i * kDimStep), b.plus(i * kDimStep));
+    }
+    // This lane's address of ldmatrix for 16 rows from `row` on as a first operand, summed over the first 16 elements.
+    // The next 16 elements are at the address xor 32.
+    static DS4SCI_DEVICE uint32_t fragment(uint32_t tile, int row, int lane) {
+        row += lane & 15;
+        constexpr int kChunks = kRowBytes / 16;  // which the swizzle permutes, by the number of 128-byte lines
+        return tile + row * kRowBytes + (((lane >> 4) ^ (row / (8 / kChunks) & (kChunks - 1))) << 4);
     }
     // acc += p b over 64 positions; p in the accumulator layout, packed.
     template <typename T>
@@ -51,6 +59,10 @@ struct RowTile {
 // 64 x 8 auxiliary values without swizzle. A product of depth 16 reads the 8 twice; where the first operand comes from
 // registers, its second half is zero.
 DS4SCI_DEVICE MatrixOperand aux_operand(uint32_t tile) { return MatrixOperand::of(tile, 0, 128, 0); }
+
+// 16 x 8 ones as a second operand: the same 8 x 8 twice.
+constexpr int kOnesBytes = 128;
+DS4SCI_DEVICE MatrixOperand ones_operand(uint32_t ones) { return MatrixOperand::of(ones, 0, 0, 0); }
 
 // First operand of the auxiliary product from this lane's word of each of its two rows: the part that S takes, and the
 // part that dP takes.
@@ -127,7 +139,7 @@ DS4SCI_DEVICE void store_rows(T* dst, int64_t stride, int valid_rows, int head_d
     }
 }
 
-// A ring of stages that one producer fills and warps empty; both ends walk it with a copy of this.
+// A ring of stages that one producer, or `fills` warps, fill and warps empty; both ends walk it with a copy of this.
 template <int kStages>
 struct Ring {
     uint32_t barriers;  // address of kStages full barriers, then kStages empty ones
@@ -136,9 +148,9 @@ struct Ring {
 
     static constexpr int kBytes = 2 * kStages * 8;
 
-    static DS4SCI_DEVICE void init(uint32_t barriers, int releases) {
+    static DS4SCI_DEVICE void init(uint32_t barriers, int releases, int fills = 1) {
         for (int i = 0; i < kStages; ++i) {
-            mbarrier_init(barriers + i * 8, 1);
+            mbarrier_init(barriers + i * 8, fills);
             mbarrier_init(barriers + (kStages + i) * 8, releases);
         }
     }

@@ -111,6 +111,9 @@ struct Sm90FwdTile
     : RowBlock<kHeadDim, kPair>,
       SmemLayout<RowBlock<kHeadDim, kPair>, kFwdStages<kHeadDim, kPair>, RowBlock<kHeadDim, kPair>::kStageBytes,
                  kHeadDim <= 32 ? 2 : 1, kFwdOwnBytes<kHeadDim, kPair>> {
+    static constexpr int kOnesOffset = round_up(Sm90FwdTile::kEnd, 16);  // a product with them is a row's sum
+    static constexpr int kSmemBytes = kOnesOffset + kOnesBytes - kSmemBase;
+    static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
     static constexpr int kRefsOffset = 2 * RowTile<kHeadDim>::kBytes;
     static constexpr int kRefsBytes = kPair ? 2 * kTileRows * 4 : 0;
 };
@@ -184,6 +187,36 @@ struct Sm90BwdDpairTile : BlockShape<4> {
     static constexpr int kBiasOffset = kSmemBase + kStages * kStageBytes;
     static constexpr int kBarrierOffset = kBiasOffset + 4 * kBiasTileBytes;
     static constexpr int kSmemBytes = kBarrierOffset + Ring<kStages>::kBytes + 8 - kSmemBase;
+    static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
+};
+
+// dQ and d(pair_bias) at once: a block owns 128 queries x 128 keys as above, beside others of the same queries, one
+// for every 128 keys. Two warpgroups have 64 queries each and all the block's keys, so that what does not change from
+// row to row stays in registers and shared memory is read little, which is what limits the kernel. dS goes through
+// shared memory, 64 keys at a time, to a third warpgroup, which multiplies it by K, sends its sums over the block's
+// keys to the blocks that own them and adds up those that it receives; it also copies.
+template <int kHeadDim>
+struct Sm90BwdDqDpairTile {
+    static_assert(kHeadDim <= 32, "shared memory holds no more");
+    static constexpr int kConsumerWarps = 8, kReducerWarps = 4, kThreads = 384;
+    static constexpr int kConsumerRegisters = 208, kReducerRegisters = 88;
+    using Stage = Sm90BwdDpairTile<kHeadDim>;
+    static constexpr int kPositions = Stage::kPositions, kTileBytes = Stage::kTileBytes;
+    static constexpr int kStages = kHeadDim == 32 ? 3 : 5;
+    // dS: slots of 128 queries x 64 keys, in tiles of 64 x 32: first the two of the first 32 keys.
+    static constexpr int kDsTileBytes = RowTile<32>::kBytes, kDsSlotBytes = 4 * kDsTileBytes, kDsSlots = 4;
+    static constexpr int kDsOffset = kSmemBase + kStages * Stage::kStageBytes;
+    // What was received of one row, twice: 128 x kHeadDim sums, and more where they do not divide evenly by the
+    // blocks.
+    static constexpr int kReceivedBytes = (kHeadDim == 32 ? 18 : 12) * 1024;
+    static constexpr int kReceivedOffset = kDsOffset + kDsSlots * kDsSlotBytes;
+    // The bias of the last 32 keys, which the registers do not hold: 32 bytes of each thread.
+    static constexpr int kBiasOffset = kReceivedOffset + 2 * kReceivedBytes,
+                         kBiasChunkBytes = kConsumerWarps * 32 * 16;
+    static constexpr int kCreditOffset = kBiasOffset + 2 * kBiasChunkBytes;
+    static constexpr int kBarrierOffset = kCreditOffset + 2 * 8 * 4;
+    static constexpr int kBarriers = kStages + 2 * 2 + 2 * kDsSlots;
+    static constexpr int kSmemBytes = kBarrierOffset + kBarriers * 8 - kSmemBase;
     static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
 };
 
