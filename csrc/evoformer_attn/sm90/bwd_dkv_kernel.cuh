@@ -186,6 +186,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
             wgmma_complete(dk);
             wgmma_complete(dv);
             mbarrier_arrive_if(finished_stage, lane == 0);
+            warp_sync();  // all lanes have read their part of the operands and the record
             mbarrier_arrive_if(keys.empty(), lane == 0);
             keys.advance();
 

@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
                 ring.advance();
             }
             const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, queries.stage));
+            warp_sync();  // all lanes have read their part of the operands and the record
             mbarrier_arrive_if(queries.empty(), lane == 0);
             queries.advance();
             // With two buffers the next operands are most likely there, and the loads run beside the stores.

@@ -266,6 +266,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             output_complete(0);
             output_complete(1);
             mbarrier_arrive_if(finished_stage, lane == 0);
+            warp_sync();  // all lanes have read their part of the operands and the record
             mbarrier_arrive_if(queries.empty(), lane == 0);
             queries.advance();
 

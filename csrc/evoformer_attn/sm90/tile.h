@@ -60,9 +60,9 @@ struct RowTile {
 // registers, its second half is zero.
 DS4SCI_DEVICE MatrixOperand aux_operand(uint32_t tile) { return MatrixOperand::of(tile, 0, 128, 0); }
 
-// 16 x 8 ones as a second operand: the same 8 x 8 twice.
-constexpr int kOnesBytes = 128;
-DS4SCI_DEVICE MatrixOperand ones_operand(uint32_t ones) { return MatrixOperand::of(ones, 0, 0, 0); }
+// 16 x 8 ones as a second operand: two matrices of 8 x 8. One read twice would do, but not for compute-sanitizer.
+constexpr int kOnesBytes = 256;
+DS4SCI_DEVICE MatrixOperand ones_operand(uint32_t ones) { return MatrixOperand::of(ones, 128, 0, 0); }
 
 // First operand of the auxiliary product from this lane's word of each of its two rows: the part that S takes, and the
 // part that dP takes.
