@@ -110,9 +110,9 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
             read_gated_d_o(p);
             if (status == cudaSuccess) status = encode_maps(p, kHeadDim);
             p.follows_prepare = true;
-            int32_t num_sms = 0;
-            if (status == cudaSuccess) status = count_multiprocessors(&num_sms);
             if constexpr (kHeadDim <= 32) {
+                int32_t num_sms = 0;
+                if (status == cudaSuccess && wants_dpair) status = count_multiprocessors(&num_sms);
                 if (status == cudaSuccess && wants_dpair && DpairPlan::of(p, num_sms).with_dq) {
                     status = run_sm90_bwd_dq_dpair<T, kHeadDim>(p);
                     p.follows_prepare = wants_dpair = wants_dq = false;

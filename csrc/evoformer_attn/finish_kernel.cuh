@@ -17,6 +17,29 @@ DS4SCI_DEVICE void store_rounded(T* out, float x) {
     }
 }
 
+// Writes the sums of one thread of the Hopper kernels, in the accumulator layout: rows `query` and `query` + 8, keys
+// `key`, + 1 and + 8 each. An only share is the result, unless the caller wants it in fp32.
+template <typename T, int kTiles>
+DS4SCI_DEVICE void store_dpair_share(const KernelParams& p, int split, int group, int head, int query, int key,
+                                     const float (&sum)[kTiles][4]) {
+    const int64_t row = ((static_cast<int64_t>(split) * p.num_groups + group) * p.heads + head) * p.q_len + query;
+    const int64_t first_element = row * p.k_len + key;
+    const int valid_rows = p.q_len - query, valid_keys = p.k_len - key;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            if (e / 2 * 8 >= valid_rows || j * 8 + e % 2 >= valid_keys) continue;
+            const int64_t element = first_element + static_cast<int64_t>(e / 2 * 8) * p.k_len + j * 8 + e % 2;
+            if (p.dpair_bias != nullptr) {
+                p.dpair_bias[element] = sum[j][e];
+            } else {
+                store_rounded(static_cast<T*>(p.dpair_out) + element, sum[j][e]);
+            }
+        }
+    }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads) finish_dpair_kernel(const __grid_constant__ KernelParams p) {
     const int64_t count = dpair_elements(p), i = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;

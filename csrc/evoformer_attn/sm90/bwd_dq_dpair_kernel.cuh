@@ -380,23 +380,7 @@ __global__ void __launch_bounds__(Sm90BwdDqDpairTile<kHeadDim>::kThreads, 1)
             wgmma_complete(s[0]);
             wgmma_complete(dp);
         }
-        const int64_t first_row =
-            ((static_cast<int64_t>(split) * p.num_groups + group) * p.heads + head) * p.q_len + q0 + q;
-        const int64_t first_element = first_row * p.k_len + key;
-        const int valid_rows = p.q_len - q0 - q, keys_left = p.k_len - key;
-#pragma unroll
-        for (int j = 0; j < 16; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                if (e / 2 * 8 >= valid_rows || j * 8 + e % 2 >= keys_left) continue;
-                const int64_t element = first_element + static_cast<int64_t>(e / 2 * 8) * p.k_len + j * 8 + e % 2;
-                if (p.dpair_bias != nullptr) {
-                    p.dpair_bias[element] = sum[j][e];
-                } else {  // the only share
-                    store_rounded(static_cast<T*>(p.dpair_out) + element, sum[j][e]);
-                }
-            }
-        }
+        store_dpair_share<T>(p, split, group, head, q0 + q, key, sum);
     }
 }
 

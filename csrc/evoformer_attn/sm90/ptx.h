@@ -320,8 +320,7 @@ DS4SCI_DEVICE void wgmma_rs(float (&d)[kTiles][4], const uint32_t (&a)[4], Matri
 struct LaunchShape {
     int64_t blocks;
     int threads, smem_bytes;
-    int cluster =
-        1;  // so many times `blocks`, along y: those run at the same time and reach each other's shared memory
+    int cluster = 1;  // blocks along y, which form a cluster; `blocks` counts along x
 };
 
 // Into the stream, to start before the kernels ahead of it are complete: it waits for them itself.
