@@ -52,7 +52,7 @@ sanitize() {
     mkdir -p build/sanitize
     for tool in "${tools[@]}"; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 "$seconds" \
-            compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 40 \
             "$python" -m tests.benchmarks.sanitize "${arguments[@]}" >"build/sanitize/$tool.log" 2>&1 &
         jobs+=($!)
     done
@@ -64,7 +64,7 @@ sanitize() {
         [[ $status == 0 ]] || bad=1
         { echo "== $tool: exit code $status"; cat "build/sanitize/$tool.log"; } >>"$out/sanitize.log"
     done
-    grep -E '^== |SUMMARY|cases ran|rror|not found' "$out/sanitize.log" | cut -c1-200 | head -60
+    grep -E '^== |SUMMARY|cases ran|rror|not found' "$out/sanitize.log" | cut -c1-200 | head -120
     return "$bad"
 }
 

@@ -43,12 +43,8 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                 keys.barriers = Tile::own_ring(w).barriers;
                 keys.wait_empty();
                 const RowLocation& row = rows[w / Tile::kKeyTiles];
-                const int64_t first = static_cast<int64_t>(key) * p.heads * p.head_dim;
                 ItemRecord record{};
-                if (p.dk != nullptr) {
-                    record.out = row.template out<T>(p, p.dk, p.k_len, item.head) + first;
-                    record.second_out = row.template out<T>(p, p.dv, p.k_len, item.head) + first;
-                }
+                record.first = key, record.head = item.head, record.n = own.n, record.b = own.b;
                 if (p.dmask_bias != nullptr)
                     record.vector_out = p.dmask_bias + row.head_row(p, item.head) * p.k_len + key;
                 record.stats = p.key_row(row.b, row.n) * p.k_len_padded + key;
@@ -93,6 +89,9 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
         const int own_row = warpgroup / Tile::kKeyTiles, own_tile = warpgroup % Tile::kKeyTiles;
         const int quad = lane >> 2, pair = lane & 3;
         const float scale_log2 = p.softmax_scale * kBiasLog2E<T>;
+        // Of the four blocks of bias terms, how many are worked out while the products run: two warpgroups gain by
+        // it, as far as the registers go, three lose.
+        constexpr int kEarlyTerms = kHeadDim == 64 ? 2 : 0;
         const MatrixOperand key_tiles = Rows::over_dim(Tile::own_tiles(warpgroup, 0));
         const MatrixOperand query_tiles = Rows::over_dim(Tile::query_tile(kSmemBase, own_row));
         const MatrixOperand d_o_tiles = Rows::over_dim(Tile::d_o_tile(kSmemBase, own_row));
@@ -104,6 +103,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                                          ((warp_row * 2 + ((lane >> 3) & 1) * 16) ^ ((lane & 7) << 4)));
         const uint32_t vectors = kept(kSmemBase + pair * 8);
         typename Tile::OwnRing keys = Tile::own_ring(warpgroup);
+        uint32_t stored = 0;  // barrier of the operands in whose place the copy engine found the last results
 
         for (int index = blockIdx.x; index < num_items; index += gridDim.x) {
             float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
@@ -111,6 +111,8 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
             zero_bias(dk);
             zero_bias(dv);
             keys.wait_full();
+            tma_store_wait_read();
+            mbarrier_arrive_if(stored, stored != 0);
             // Read twice, here and below: kept through the loop, it would not fit the registers.
             const int64_t stats = load_record<ItemRecord>(Tile::record(warpgroup, keys.stage)).stats;
             const uint32_t* aux = reinterpret_cast<const uint32_t*>(p.key_aux + stats + warp_row + quad) + pair;
@@ -128,27 +130,37 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                 wgmma_commit();
                 Rows::template product_abt<T>(dp, value_tile, d_o_tiles.plus(offset));
                 wgmma_commit();
+                // What the biases add to the logits of 16 queries.
+                auto bias_terms = [&](float (&terms)[2][4], int i) {
+                    uint32_t bias[4];
+                    ldmatrix_x4_trans(bias, bias_tiles + offset + i * 16 * 128);
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
+                        const float b[4] = {low.x, low.y, high.x, high.y};
+                        const float2 ref = lds_f32x2(vectors + offset + Tile::kRefsOffset + (2 * i + j) * 32);
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) terms[j][e] = fmaf(b[e], kBiasLog2E<T>, e % 2 ? -ref.y : -ref.x);
+                    }
+                };
+                float terms[4][2][4];
+                if (kPair) {
+#pragma unroll
+                    for (int i = 0; i < kEarlyTerms; ++i) bias_terms(terms[i], i);
+                }
                 wgmma_wait<1>();
                 wgmma_complete(s);
                 mbarrier_arrive_if(finished_stage, q_tile > 0 && lane == 0);
                 uint32_t packed[4][4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    uint32_t bias[4] = {0, 0, 0, 0};
-                    if (kPair) ldmatrix_x4_trans(bias, bias_tiles + offset + i * 16 * 128);
+                    if (kPair && i >= kEarlyTerms) bias_terms(terms[i], i);
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         float (&x)[4] = s[2 * i + j];
-                        const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
-                        const float b[4] = {low.x, low.y, high.x, high.y};
-                        float2 ref = make_float2(0.f, 0.f);
-                        if (kPair) ref = lds_f32x2(vectors + offset + Tile::kRefsOffset + (2 * i + j) * 32);
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            x[e] = exp2_approx(
-                                kPair ? fmaf(x[e], scale_log2, fmaf(b[e], kBiasLog2E<T>, e % 2 ? -ref.y : -ref.x))
-                                      : x[e] * scale_log2);
-                        }
+                        for (int e = 0; e < 4; ++e)
+                            x[e] = exp2_approx(kPair ? fmaf(x[e], scale_log2, terms[i][j][e]) : x[e] * scale_log2);
                     }
                     pack_operand<T>(packed[i], s[2 * i], s[2 * i + 1]);
                 }
@@ -186,28 +198,34 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
             wgmma_complete(dk);
             wgmma_complete(dv);
             mbarrier_arrive_if(finished_stage, lane == 0);
-            warp_sync();  // all lanes have read their part of the operands and the record
-            mbarrier_arrive_if(keys.empty(), lane == 0);
-            keys.advance();
-
-            const int valid = record.valid - warp_row;
-            const int64_t stride = static_cast<int64_t>(p.heads) * p.head_dim;
-            if (p.dk != nullptr) {
-                store_rows<T, kHeadDim>(static_cast<T*>(record.out) + warp_row * stride, stride, valid, p.head_dim, dk,
-                                        p.softmax_scale, p.softmax_scale, lane);
-                store_rows<T, kHeadDim>(static_cast<T*>(record.second_out) + warp_row * stride, stride, valid,
-                                        p.head_dim, dv, 1.f, 1.f, lane);
+            // K and V are read by all warps of the warpgroup: their tiles take the results.
+            named_barrier_sync(1 + warpgroup, 128);
+            const uint32_t staged = Tile::own_tiles(warpgroup, keys.stage);
+            const uint32_t fragment = Rows::fragment(staged, warp_row, lane);
+            stage_rows<T, kHeadDim>(fragment, dk, p.softmax_scale, p.softmax_scale);
+            stage_rows<T, kHeadDim>(fragment + Tile::kTileBytes, dv, 1.f, 1.f);
+            async_proxy_fence();
+            warp_sync();
+            if (lane == 0 && p.dk != nullptr) {
+                const uint32_t rows = staged + warp_row * Rows::kRowBytes;
+                const int key = record.first + warp_row;
+                tma_store(&p.dk_map, rows, 0, key, record.head, record.n, record.b);
+                tma_store(&p.dv_map, rows + Tile::kTileBytes, 0, key, record.head, record.n, record.b);
+                tma_store_commit();
             }
             if (p.dmask_bias != nullptr) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     dmask[i] += shfl_xor(dmask[i], 1);
                     dmask[i] += shfl_xor(dmask[i], 2);
-                    const int offset = quad + 8 * i;
-                    if (pair == 0 && offset < valid) record.vector_out[warp_row + offset] = dmask[i];
+                    const int key = warp_row + quad + 8 * i;
+                    if (pair == 0 && key < record.valid) record.vector_out[key] = dmask[i];
                 }
             }
+            stored = keys.empty();
+            keys.advance();
         }
+        tma_store_wait_read();
     }
 }
 

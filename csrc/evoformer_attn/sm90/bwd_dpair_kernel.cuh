@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
                                               keys.plus(Tile::kValueOffset - Tile::kKeyOffset));
                 wgmma_rs<bf16, false>(dp, dp_aux.words, key_aux);
                 wgmma_commit();
-                wgmma_wait<1>();
-                wgmma_complete(s);
+                // What the bias adds, worked out while the products run.
+                float biased[4][4];
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     uint32_t bias[4];
@@ -116,10 +116,15 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
                         const float2 low_bias = unpack2<T>(bias[2 * j]), high_bias = unpack2<T>(bias[2 * j + 1]);
                         const float b[4] = {low_bias.x, low_bias.y, high_bias.x, high_bias.y};
 #pragma unroll
-                        for (int e = 0; e < 4; ++e)
-                            s[2 * i + j][e] =
-                                exp2_approx(fmaf(s[2 * i + j][e], scale_log2, fmaf(b[e], kBiasLog2E<T>, -ref[e / 2])));
+                        for (int e = 0; e < 4; ++e) biased[2 * i + j][e] = fmaf(b[e], kBiasLog2E<T>, -ref[e / 2]);
                     }
+                }
+                wgmma_wait<1>();
+                wgmma_complete(s);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) s[j][e] = exp2_approx(fmaf(s[j][e], scale_log2, biased[j][e]));
                 }
                 wgmma_wait<0>();
                 wgmma_complete(dp);

@@ -35,11 +35,9 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
                 queries.barriers = Tile::own_ring(r).barriers;
                 queries.wait_empty();
                 ItemRecord record{};
-                record.out = rows[r].template out<T>(p, p.dq, p.q_len, item.head) +
-                             static_cast<int64_t>(q0) * p.heads * p.head_dim;
                 record.stats = rows[r].head_row(p, item.head) * p.q_len_padded + q0;
                 record.source = kPair ? pair_row(p, p.pair_ref, item) + q0 : nullptr;
-                record.valid = rows[r].valid ? p.q_len - q0 : 0;
+                record.first = q0, record.head = item.head, record.n = at.n, record.b = at.b;
                 store_record(Tile::record(r, queries.stage), record);
                 queries.announce(Tile::kOwnBytes);
                 const uint32_t tile = Tile::own_tiles(r, queries.stage);
@@ -68,6 +66,9 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
         const int warpgroup = warp / 4, warp_row = warp % 4 * 16;
         const int quad = lane >> 2, pair = lane & 3;
         const float scale_log2 = p.softmax_scale * kBiasLog2E<T>;
+        // Of the four blocks of bias terms, how many are worked out while the products run: two warpgroups gain by
+        // it, three lose.
+        constexpr int kEarlyTerms = kHeadDim == 64 ? 4 : 0;
         const MatrixOperand query_tiles = Rows::over_dim(Tile::own_tiles(warpgroup, 0));
         const MatrixOperand key_tiles = Rows::over_dim(Tile::key_tile(kSmemBase, warpgroup));
         const MatrixOperand value_tiles = Rows::over_dim(Tile::value_tile(kSmemBase, warpgroup));
@@ -122,6 +123,24 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
                                                   value_tiles.plus(offset));
                     wgmma_rs<bf16, false>(dp, dp_aux.words, aux_tiles.plus(offset));
                     wgmma_commit();
+                    // What the bias adds to the logits of 16 keys.
+                    auto bias_terms = [&](float (&terms)[2][4], int i) {
+                        uint32_t bias[4];
+                        ldmatrix_x4(bias, (bias_tiles + offset + half * kBiasTileBytes) ^ (i * 32));
+#pragma unroll
+                        for (int j = 0; j < 2; ++j) {
+                            const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
+                            const float b[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+                            for (int e = 0; e < 4; ++e)
+                                terms[j][e] = fmaf(b[e], kBiasLog2E<T>, -stats.ref[half][e / 2]);
+                        }
+                    };
+                    float terms[4][2][4];
+                    if (kPair) {
+#pragma unroll
+                        for (int i = 0; i < kEarlyTerms; ++i) bias_terms(terms[i], i);
+                    }
                     wgmma_wait<1>();
                     wgmma_complete(s);
                     if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
@@ -131,19 +150,13 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
                         drop_columns(s, p.k_len - k_tile * kTileRows, lane);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        uint32_t bias[4] = {0, 0, 0, 0};
-                        if (kPair) ldmatrix_x4(bias, (bias_tiles + offset + half * kBiasTileBytes) ^ (i * 32));
+                        if (kPair && i >= kEarlyTerms) bias_terms(terms[i], i);
 #pragma unroll
                         for (int j = 0; j < 2; ++j) {
                             float (&x)[4] = s[2 * i + j];
-                            const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
-                            const float b[4] = {low.x, low.y, high.x, high.y};
 #pragma unroll
-                            for (int e = 0; e < 4; ++e) {
-                                x[e] = exp2_approx(
-                                    kPair ? fmaf(x[e], scale_log2, fmaf(b[e], kBiasLog2E<T>, -stats.ref[half][e / 2]))
-                                          : x[e] * scale_log2);
-                            }
+                            for (int e = 0; e < 4; ++e)
+                                x[e] = exp2_approx(kPair ? fmaf(x[e], scale_log2, terms[i][j][e]) : x[e] * scale_log2);
                         }
                     }
                     wgmma_wait<0>();
@@ -166,8 +179,7 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
                 ring.advance();
             }
             const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, queries.stage));
-            warp_sync();  // all lanes have read their part of the operands and the record
-            mbarrier_arrive_if(queries.empty(), lane == 0);
+            const auto own = queries;
             queries.advance();
             // With two buffers the next operands are most likely there, and the loads run beside the stores.
             const bool more = index + gridDim.x < num_items;
@@ -179,14 +191,24 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
             wgmma_complete(dq[0]);
             wgmma_complete(dq[1]);
             mbarrier_arrive_if(finished_stage, lane == 0);
-
-            const int64_t stride = static_cast<int64_t>(p.heads) * p.head_dim;
+            // The queries are read by all warps of the warpgroup: their tiles take the result.
+            named_barrier_sync(1 + warpgroup, 128);
+            const uint32_t staged = Tile::own_tiles(warpgroup, own.stage);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int q = half * kTileRows + warp_row;
-                store_rows<T, kHeadDim>(static_cast<T*>(record.out) + q * stride, stride, record.valid - q, p.head_dim,
-                                        dq[half], p.softmax_scale, p.softmax_scale, lane);
+            for (int half = 0; half < 2; ++half)
+                stage_rows<T, kHeadDim>(Rows::fragment(staged + half * Tile::kTileBytes, warp_row, lane), dq[half],
+                                        p.softmax_scale, p.softmax_scale);
+            async_proxy_fence();
+            warp_sync();
+            if (lane == 0) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    tma_store(&p.dq_map, staged + half * Tile::kTileBytes + warp_row * Rows::kRowBytes, 0,
+                              record.first + half * kTileRows + warp_row, record.head, record.n, record.b);
+                tma_store_commit();
+                tma_store_wait_read();
             }
+            mbarrier_arrive(own.empty());
             if (Tile::kBuffers == 1 && more) {
                 queries.wait_full();
                 load_stats();

@@ -34,11 +34,11 @@ struct StaticSoftmax {
         }
     }
     DS4SCI_DEVICE float normaliser(int i) const {
-        return rounded_sum[0][2 * i] == 0.f ? 0.f : 1.f / rounded_sum[0][2 * i];
+        return rounded_sum[0][2 * i] == 0.f ? 0.f : reciprocal_approx(rounded_sum[0][2 * i]);
     }
     template <typename Lse>
     DS4SCI_DEVICE Lse lse(int i) const {
-        return sum[i] == 0.f ? -INFINITY : log2f(sum[i]) * kLn2;
+        return log2_approx(sum[i]) * kLn2;
     }
     // Whether neither the sum nor a term, rounded to T, has left T's range or lost digits there; false for NaN. In
     // bf16 the products with values of up to 2^67 stay finite.
@@ -46,6 +46,10 @@ struct StaticSoftmax {
         return kIsBf16<T> ? sum[i] > 0x1p-80f && sum[i] < 0x1p60f : sum[i] > 0.5f && sum[i] < 0x1p15f;
     }
 };
+
+// Rows whose bias lies further down are left to the online softmax: a key past the end would be one of theirs, since
+// the bias reads as zero there.
+constexpr float kLowestStaticRef = -1e20f;
 
 // Whether the mask keeps any key of a warpgroup's row. A row without keys is 0, as it should be.
 template <typename Tile>
@@ -69,7 +73,6 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
     if (marked_items_only && p.redo[0] == 0) return;
     auto ring = Tile::ring();
 
-    const int num_k_tiles = ceil_div(p.k_len, kTileRows);
     auto skips = [&](int item) { return marked_items_only && p.redo[1 + item] == 0; };
 
     if (warp >= Tile::kConsumerWarps) {
@@ -90,14 +93,13 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 queries.barriers = Tile::own_ring(r).barriers;
                 queries.wait_empty();
                 ItemRecord record{};
-                record.out = rows[r].template out<T>(p, p.o, p.q_len, item.head) +
-                             static_cast<int64_t>(q0) * p.heads * p.head_dim;
                 record.source = p.gate == nullptr
                                     ? nullptr
                                     : rows[r].template in<T>(p.gate, p.gate_stride, item.head) + q0 * p.gate_stride.l;
                 record.vector_out = static_cast<float*>(p.lse) + rows[r].head_row(p, item.head) * p.q_len + q0;
                 record.valid = rows[r].valid ? p.q_len - q0 : 0;
                 record.index = index;
+                record.first = q0, record.head = item.head, record.n = at.n, record.b = at.b;
                 store_record(Tile::record(r, queries.stage), record);
                 queries.announce(2 * Tile::kTileBytes + Tile::kRefsBytes);
                 const uint32_t tile = Tile::own_tiles(r, queries.stage);
@@ -109,17 +111,17 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             }
             queries.advance();
             const int pair_head = p.pair_heads == 1 ? 0 : item.head, pair_group = p.pair_batch == 1 ? 0 : item.group;
-            for (int k_tile = 0; k_tile < num_k_tiles; ++k_tile) {
+            for (int key = 0; key < p.k_len; key += kTileRows) {
                 ring.wait_empty();
                 ring.announce(Tile::kStageBytes);
-                load_key_stage<Tile>(p, Tile::stage(ring.stage), ring.full(), rows, k_tile * kTileRows, q0, item.head,
-                                     pair_head, pair_group);
+                load_key_stage<Tile>(p, Tile::stage(ring.stage), ring.full(), rows, key, q0, item.head, pair_head,
+                                     pair_group);
                 ring.advance();
             }
         }
     } else {
         take_registers<Tile::kConsumerRegisters>();
-        const int warpgroup = warp / 4, warp_row = warp % 4 * 16;
+        const int warpgroup = warp / 4, warp_row = warp % 4 * 16, num_k_tiles = ceil_div(p.k_len, kTileRows);
         const int quad = lane >> 2, pair = lane & 3;
         // The query side of the auxiliary product: three ones.
         const uint32_t ones = pair == 0 ? 0x3f803f80u : pair == 1 ? 0x00003f80u : 0u;
@@ -135,6 +137,9 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
         const MatrixOperand ones_tile = ones_operand(Tile::kOnesOffset);
         const uint32_t bias_tiles = kept(kSmemBase + bias_fragment(warp_row, lane));
         typename Tile::OwnRing queries = Tile::own_ring(warpgroup);
+        uint32_t stored = 0;  // barrier of the queries in whose place the copy engine found the last output
+        // Of the four blocks of a tile's bias, how many are read before the next product starts, if registers allow.
+        constexpr int kEarlyBias = 3;
 
         for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
             if (skips(index)) continue;
@@ -147,6 +152,8 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 zero_bias(o[half]);
             }
             queries.wait_full();
+            tma_store_wait_read();
+            mbarrier_arrive_if(stored, stored != 0);
             const uint32_t refs =
                 Tile::own_tiles(warpgroup, queries.stage) + Tile::kRefsOffset + (warp_row + quad) * 4;
             // Of queries quad and quad + 8 of this warp, in either tile.
@@ -163,31 +170,35 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 wgmma_rs<bf16, false>(s, query_aux, aux_tiles.plus(offset));
                 wgmma_commit();
             };
+            // This lane's part of the bias of one tile, blocks first to last - 1 of 16 keys.
+            auto load_bias = [&](uint32_t (&bias)[4][4], int first, int last, int half, int stage) {
+#pragma unroll
+                for (int i = first; i < last; ++i)
+                    ldmatrix_x4(bias[i], (bias_tiles + stage * Tile::kStageBytes + half * kBiasTileBytes) ^ (i * 32));
+            };
             // Logits to unnormalised probabilities; for the online softmax, to logits with biases.
-            auto add_bias = [&](float (&s)[8][4], int half, int stage, int valid_keys) {
+            auto add_bias = [&](float (&s)[8][4], const uint32_t (&bias)[4][4], int half, int valid_keys) {
                 // The mask drops keys past the end, but their bias reads as zero, which may be 1e38 above the row's.
-                if (kPair && valid_keys < kTileRows) drop_columns(s, valid_keys, lane);
+                // The static softmax leaves such rows to the online one.
+                if (kPair && kOnline && valid_keys < kTileRows) drop_columns(s, valid_keys, lane);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    uint32_t bias[4] = {0, 0, 0, 0};
-                    if (kPair)
-                        ldmatrix_x4(bias, (bias_tiles + stage * Tile::kStageBytes + half * kBiasTileBytes) ^ (i * 32));
+                for (int j = 0; j < 8; ++j) {
+                    float (&x)[4] = s[j];
+                    const float2 low = unpack2<T>(bias[j / 2][j % 2 * 2]),
+                                 high = unpack2<T>(bias[j / 2][j % 2 * 2 + 1]);
+                    const float b[4] = {low.x, low.y, high.x, high.y};
 #pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        float (&x)[4] = s[2 * i + j];
-                        const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
-                        const float b[4] = {low.x, low.y, high.x, high.y};
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            if constexpr (kOnline) {
-                                x[e] = fmaf(x[e], scale, (b[e] - ref[half][e / 2]) * kUnit);
-                            } else {
-                                x[e] =
-                                    exp2_approx(kPair ? fmaf(x[e], scale, fmaf(b[e], kBiasLog2E<T>, -ref[half][e / 2]))
-                                                      : x[e] * scale);
-                                softmax[half].sum[e / 2] += x[e];
-                            }
+                    for (int e = 0; e < 4; ++e) {
+                        if constexpr (kOnline) {
+                            x[e] = fmaf(x[e], scale, (b[e] - ref[half][e / 2]) * kUnit);
+                        } else {
+                            x[e] = exp2_approx(kPair ? fmaf(x[e], scale, fmaf(b[e], kBiasLog2E<T>, -ref[half][e / 2]))
+                                                     : x[e] * scale);
                         }
+                    }
+                    if constexpr (!kOnline) {
+                        softmax[half].sum[0] += x[0] + x[1];
+                        softmax[half].sum[1] += x[2] + x[3];
                     }
                 }
             };
@@ -216,14 +227,15 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float s[8][4];
-                        uint32_t packed[4][4];
+                        uint32_t packed[4][4], bias[4][4] = {};
+                        if (kPair) load_bias(bias, 0, 4, half, ring.stage);
                         start_logits(s, half, ring.stage);
                         wgmma_wait<0>();  // the output is rescaled, so nothing may be on its way
                         wgmma_complete(s);
                         wgmma_complete(o[0]);
                         wgmma_complete(o[1]);
                         if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
-                        add_bias(s, half, ring.stage, p.k_len - k_tile * kTileRows);
+                        add_bias(s, bias, half, p.k_len - k_tile * kTileRows);
                         softmax[half].update(s, o[half]);
                         start_output(s, packed, half, ring.stage);
                     }
@@ -242,14 +254,18 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                     auto next = ring;
                     next.advance();
                     const bool last = k_tile + 1 == num_k_tiles;
+                    // Asked for well before the answer is needed.
+                    const uint32_t next_is_there = last ? 1 : next.test_full();
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        uint32_t packed[4][4];
-                        if (half == 1 && !last) next.wait_full();
+                        uint32_t packed[4][4], bias[4][4] = {};
+                        if (kPair) load_bias(bias, 0, kEarlyBias, half, ring.stage);
+                        if (half == 1) next.wait_full_unless(next_is_there);
                         // The last step computes a tile again that nobody reads: a product under a condition would
                         // serialise all.
                         start_logits(s[half ^ 1], half ^ 1, half == 0 || last ? ring.stage : next.stage);
-                        add_bias(s[half], half, ring.stage, p.k_len - k_tile * kTileRows);
+                        if (kPair) load_bias(bias, kEarlyBias, 4, half, ring.stage);
+                        add_bias(s[half], bias, half, p.k_len - k_tile * kTileRows);
                         wgmma_wait<1>();
                         output_complete(half ^ 1);
                         if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
@@ -266,33 +282,46 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             output_complete(0);
             output_complete(1);
             mbarrier_arrive_if(finished_stage, lane == 0);
-            warp_sync();  // all lanes have read their part of the operands and the record
-            mbarrier_arrive_if(queries.empty(), lane == 0);
-            queries.advance();
-
-            const int64_t stride = static_cast<int64_t>(p.heads) * p.head_dim;
+            // Its queries are read by all warps of the warpgroup: their tiles take the output.
+            named_barrier_sync(1 + warpgroup, 128);
+            const uint32_t staged = Tile::own_tiles(warpgroup, queries.stage);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int q = half * kTileRows + warp_row, valid = record.valid - q;
                 softmax[half].finish();
-                if (record.source != nullptr)
+                if (record.source != nullptr) {
+                    const int q = half * kTileRows + warp_row;
                     apply_gate<T, kHeadDim>(o[half], static_cast<const T*>(record.source) + q * p.gate_stride.l,
-                                            p.gate_stride.l, valid, p.head_dim, lane);
-                store_rows<T, kHeadDim>(static_cast<T*>(record.out) + q * stride, stride, valid, p.head_dim, o[half],
-                                        softmax[half].normaliser(0), softmax[half].normaliser(1), lane);
-                if (pair == 0) {
-                    float* lse = record.vector_out + q;
-                    if (quad < valid) lse[quad] = softmax[half].template lse<float>(0);
-                    if (quad + 8 < valid) lse[quad + 8] = softmax[half].template lse<float>(1);
+                                            p.gate_stride.l, record.valid - q, p.head_dim, lane);
                 }
+                stage_rows<T, kHeadDim>(Rows::fragment(staged + half * Tile::kTileBytes, warp_row, lane), o[half],
+                                        softmax[half].normaliser(0), softmax[half].normaliser(1));
+            }
+            async_proxy_fence();
+            warp_sync();
+            if (lane == 0) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    tma_store(&p.o_map, staged + half * Tile::kTileBytes + warp_row * Rows::kRowBytes, 0,
+                              record.first + half * kTileRows + warp_row, record.head, record.n, record.b);
+                tma_store_commit();
+            }
+            // Each lane of four has another query.
+            const int half = pair / 2, high = pair % 2, q = half * kTileRows + warp_row + quad + 8 * high;
+            if (q < record.valid) {
+                // By value: registers have no index.
+                const Softmax mine = half ? softmax[1] : softmax[0];
+                record.vector_out[q] = high ? mine.template lse<float>(1) : mine.template lse<float>(0);
                 if constexpr (!kOnline) {
-                    const bool out_of_range = (quad < valid && !softmax[half].in_range(0)) ||
-                                              (quad + 8 < valid && !softmax[half].in_range(1));
-                    if (out_of_range && keeps_a_key<Tile>(p, record.index, warpgroup))
+                    const float reference = kPair ? lds_f32(staged + Tile::kRefsOffset + q * 4) : 0.f;
+                    if ((!(high ? mine.in_range(1) : mine.in_range(0)) || reference < kLowestStaticRef) &&
+                        keeps_a_key<Tile>(p, record.index, warpgroup))
                         p.redo[0] = p.redo[1 + record.index] = 1;
                 }
             }
+            stored = queries.empty();
+            queries.advance();
         }
+        tma_store_wait_read();
     }
 }
 

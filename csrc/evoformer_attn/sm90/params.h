@@ -32,6 +32,8 @@ constexpr float kLowestRef = -3e38f;
 struct Sm90Params : KernelParams {
     // [D, L, H, N, B] in tiles of 64 positions; the pair bias [Lk, Lq, H, B] in tiles of 64 x 64.
     CUtensorMap q_map, k_map, v_map, d_o_map, pair_map;
+    // What is written, 16 positions at a time.
+    CUtensorMap o_map, dq_map, dk_map, dv_map;
     float* pair_ref;     // pair_max * kBiasLog2E, which the exponentials subtract; same layout
     uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]

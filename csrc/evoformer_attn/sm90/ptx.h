@@ -74,6 +74,35 @@ DS4SCI_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
+// Whether the phase is complete, without waiting for it; for mbarrier_wait_unless, with other work in between.
+DS4SCI_DEVICE uint32_t mbarrier_test(uint32_t barrier, uint32_t parity) {
+    uint32_t complete;
+    asm volatile(
+        "{\n"
+        ".reg .pred P;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 P, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, P;\n"
+        "}"
+        : "=r"(complete)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return complete;
+}
+DS4SCI_DEVICE void mbarrier_wait_unless(uint32_t complete, uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred P;\n"
+        "setp.ne.u32 P, %2, 0;\n"
+        "WAIT_%=:\n"
+        "@P bra DONE_%=;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 P, [%0], %1, 0x989680;\n"
+        "bra WAIT_%=;\n"
+        "DONE_%=:\n"
+        "}" ::"r"(barrier),
+        "r"(parity), "r"(complete)
+        : "memory");
+}
+
 // ---- copy engine ----
 // Coordinates count elements, innermost first; elements outside of the tensor read as zero and are not written.
 DS4SCI_DEVICE void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t barrier, int d, int l, int h, int n,
@@ -109,6 +138,13 @@ DS4SCI_DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared:
 
 DS4SCI_DEVICE void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// log2; -inf for 0. Of numbers in [0.5, 2] up to 2^-22 off, of others two units in the last place.
+DS4SCI_DEVICE float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // Write one warp's 16 x 16 elements, packed as a product's first operand, as four 8 x 8 matrices; lane i gives the

@@ -28,11 +28,11 @@ struct MapAxis {
     int64_t size, stride;  // elements; the first axis has stride 1
 };
 
-// A map of 16-bit elements whose box covers `box_columns` x kTileRows of the first two axes, rows swizzled over their
+// A map of 16-bit elements whose box covers `box_columns` x `box_rows` of the first two axes, rows swizzled over their
 // width of 2 * box_columns bytes.
 template <int kAxes>
 cudaError_t encode_map(CUtensorMap* map, int32_t dtype, const void* data, const MapAxis (&axes)[kAxes],
-                       int box_columns) {
+                       int box_columns, int box_rows) {
     const auto encoder = tensor_map_encoder();
     if (encoder == nullptr) return cudaErrorNotSupported;
     cuuint64_t sizes[kAxes], strides[kAxes - 1];
@@ -41,7 +41,7 @@ cudaError_t encode_map(CUtensorMap* map, int32_t dtype, const void* data, const 
         sizes[i] = axes[i].size;
         // An axis of one element may have any stride, also one that the engine would refuse.
         if (i > 0) strides[i - 1] = axes[i].size == 1 ? 16 : axes[i].stride * 2;
-        box[i] = i == 0 ? box_columns : i == 1 ? kTileRows : 1;
+        box[i] = i == 0 ? box_columns : i == 1 ? box_rows : 1;
         steps[i] = 1;
     }
     const CUtensorMapSwizzle swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
@@ -60,7 +60,17 @@ inline cudaError_t encode_rows(CUtensorMap* map, const KernelParams& p, const vo
                                int length, int padded_head_dim) {
     const MapAxis axes[] = {
         {p.head_dim, 1}, {length, stride.l}, {p.heads, stride.h}, {p.rows, stride.n}, {p.batch, stride.b}};
-    return encode_map(map, p.dtype, data, axes, padded_head_dim);
+    return encode_map(map, p.dtype, data, axes, padded_head_dim, kTileRows);
+}
+
+// Of a result, which is contiguous; nothing to encode if it is null.
+inline cudaError_t encode_result(CUtensorMap* map, const KernelParams& p, const void* data, int length,
+                                 int padded_head_dim) {
+    if (data == nullptr) return cudaSuccess;
+    const int64_t position = static_cast<int64_t>(p.heads) * p.head_dim, row = position * length;
+    const MapAxis axes[] = {
+        {p.head_dim, 1}, {length, position}, {p.heads, p.head_dim}, {p.rows, row}, {p.batch, row * p.rows}};
+    return encode_map(map, p.dtype, data, axes, padded_head_dim, kStoredRows);
 }
 
 // All maps of a call. d_o is null in the forward pass.
@@ -79,7 +89,14 @@ inline cudaError_t encode_maps(Sm90Params& p, int padded_head_dim) {
                                 {p.q_len, p.pair_stride_q},
                                 {p.pair_heads, p.pair_stride_h},
                                 {p.pair_batch, p.pair_stride_b}};
-        status = encode_map(&p.pair_map, p.dtype, p.pair_bias, axes, 64);
+        status = encode_map(&p.pair_map, p.dtype, p.pair_bias, axes, 64, kTileRows);
+    }
+    if (p.d_o == nullptr) {
+        if (status == cudaSuccess) status = encode_result(&p.o_map, p, p.o, p.q_len, padded_head_dim);
+    } else {
+        if (status == cudaSuccess) status = encode_result(&p.dq_map, p, p.dq, p.q_len, padded_head_dim);
+        if (status == cudaSuccess) status = encode_result(&p.dk_map, p, p.dk, p.k_len, padded_head_dim);
+        if (status == cudaSuccess) status = encode_result(&p.dv_map, p, p.dv, p.k_len, padded_head_dim);
     }
     return status;
 }

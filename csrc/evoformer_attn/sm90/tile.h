@@ -92,50 +92,24 @@ DS4SCI_DEVICE void pack_operand(uint32_t (&packed)[4], const float (&low)[4], co
     packed[3] = pack2<T>(high[2], high[3]);
 }
 
-// Lanes `mask` apart swap the lower one's `second` for the upper one's `first`.
-DS4SCI_DEVICE void exchange(uint32_t& first, uint32_t& second, bool upper, int mask) {
-    const uint32_t other = shfl_xor(upper ? first : second, mask);
-    first = upper ? other : first;
-    second = upper ? second : other;
-}
+// Positions that one warp holds the results of and hands to the copy engine at once.
+constexpr int kStoredRows = 16;
 
-// Lane t of each four gets word t of all four, in lane order.
-DS4SCI_DEVICE void transpose_quad(uint32_t (&w)[4], int pair) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) exchange(w[i], w[i + 2], pair & 2, 2);
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) exchange(w[i], w[i + 1], pair & 1, 1);
-}
-
-// Write one warp's 16 x kHeadDim accumulator, times a factor per row, to global memory in 16-byte pieces. `dst` is row
-// 0 of the 16, of which `valid_rows` exist.
+// Put one warp's 16 x kHeadDim accumulator, times a factor per row, where the copy engine reads it: `fragment` is this
+// lane's address from RowTile::fragment, in a tile that nobody reads any more.
 template <typename T, int kHeadDim>
-DS4SCI_DEVICE void store_rows(T* dst, int64_t stride, int valid_rows, int head_dim,
-                              const float (&acc)[kHeadDim / 8][4], float factor_low, float factor_high, int lane) {
-    const int quad = lane >> 2, pair = lane & 3;
-    auto store = [&](int row, int chunk, const uint32_t (&w)[4]) {
-        if (row < valid_rows && chunk * 8 < head_dim)
-            *reinterpret_cast<uint4*>(dst + row * stride + chunk * 8) = make_uint4(w[0], w[1], w[2], w[3]);
-    };
-    auto packed = [&](int j, int high) {
-        const float factor = high ? factor_high : factor_low;
-        return pack2<T>(acc[j][2 * high] * factor, acc[j][2 * high + 1] * factor);
-    };
-    if constexpr (kHeadDim == 16) {
-        uint32_t w[4] = {packed(0, 0), packed(1, 0), packed(0, 1), packed(1, 1)};
-        transpose_quad(w, pair);
-        store(quad + (pair >> 1) * 8, pair & 1, w);
-    } else {
+DS4SCI_DEVICE void stage_rows(uint32_t fragment, const float (&acc)[kHeadDim / 8][4], float factor_low,
+                              float factor_high) {
 #pragma unroll
-        for (int first = 0; first < kHeadDim / 8; first += 4) {
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+        uint32_t packed[4];
 #pragma unroll
-            for (int high = 0; high < 2; ++high) {
-                uint32_t w[4] = {packed(first, high), packed(first + 1, high), packed(first + 2, high),
-                                 packed(first + 3, high)};
-                transpose_quad(w, pair);
-                store(quad + high * 8, first + pair, w);
-            }
+        for (int w = 0; w < 4; ++w) {
+            const float factor = w % 2 ? factor_high : factor_low;
+            const float (&x)[4] = acc[2 * i + w / 2];
+            packed[w] = pack2<T>(x[w % 2 * 2] * factor, x[w % 2 * 2 + 1] * factor);
         }
+        stmatrix_x4(fragment ^ (i * 32), packed);
     }
 }
 
@@ -156,6 +130,8 @@ struct Ring {
     }
     DS4SCI_DEVICE uint32_t full() const { return barriers + stage * 8; }
     DS4SCI_DEVICE void wait_full() const { mbarrier_wait(full(), phase); }
+    DS4SCI_DEVICE uint32_t test_full() const { return mbarrier_test(full(), phase); }
+    DS4SCI_DEVICE void wait_full_unless(uint32_t complete) const { mbarrier_wait_unless(complete, full(), phase); }
     // The producer's side: wait until the stage may be filled, then say how much the copy engine will bring.
     DS4SCI_DEVICE void wait_empty() const { mbarrier_wait(empty(), phase ^ 1); }
     DS4SCI_DEVICE void announce(uint32_t bytes) const { mbarrier_arrive_expect(full(), bytes); }
@@ -169,7 +145,7 @@ struct Ring {
 };
 
 // The rows (b, n) of a work item as the copy engine counts them: a row past the last one lies outside of the tensor,
-// so it reads as zero.
+// so it reads as zero and is not written.
 struct RowCoordinates {
     int b, n;
 

@@ -44,12 +44,12 @@ struct QueryBlock : Shape {
 
 // What a warpgroup needs to know of its part of a work item. The producer works it out while the others compute.
 struct alignas(16) ItemRecord {
-    void *out, *second_out;  // first row of the warpgroup's results: o; dq; dk and dv
-    float* vector_out;       // lse; d(mask_bias)
-    int64_t stats;           // index of its first query in [B, N, H, q_len_padded] (dQ), key in key_aux (dK, dV)
-    const void* source;      // forward: gate of its first query, or null; dQ: pair_ref of it
-    int32_t valid;           // positions from the first one on; at most 0 for a row that does not exist
-    int32_t index;           // of the work item
+    const void* source;         // forward: gate of its first query, or null; dQ: pair_ref of it
+    float* vector_out;          // lse; d(mask_bias)
+    int64_t stats;              // index of its first query in [B, N, H, q_len_padded] (dQ), key in key_aux (dK, dV)
+    int32_t first, head, n, b;  // where its results go, as the copy engine counts
+    int32_t valid;              // positions from the first one on; at most 0 for a row that does not exist
+    int32_t index;              // of the work item
 };
 
 // Shared memory of a block that runs through kRingStages stages and holds kBuffers sets of operands of its own
@@ -83,7 +83,8 @@ struct SmemLayout {
         check_smem_base(smem);
         if (threadIdx.x == 0) {
             Ring<kRingStages>::init(ring().barriers, Shape::kConsumerWarps);
-            for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, 4);
+            // All threads signal: each has read of the record and the row vectors what it needs.
+            for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, 128);
             mbarrier_init_fence();
         }
         if (follows_prepare) {
@@ -107,10 +108,9 @@ template <int kHeadDim, bool kPair>
 constexpr int kFwdOwnBytes = 2 * RowTile<kHeadDim>::kBytes + (kPair ? kSmemAlignment : 0);
 
 template <int kHeadDim, bool kPair>
-struct Sm90FwdTile
-    : RowBlock<kHeadDim, kPair>,
-      SmemLayout<RowBlock<kHeadDim, kPair>, kFwdStages<kHeadDim, kPair>, RowBlock<kHeadDim, kPair>::kStageBytes,
-                 kHeadDim <= 32 ? 2 : 1, kFwdOwnBytes<kHeadDim, kPair>> {
+struct Sm90FwdTile : RowBlock<kHeadDim, kPair>,
+                     SmemLayout<RowBlock<kHeadDim, kPair>, kFwdStages<kHeadDim, kPair>,
+                                RowBlock<kHeadDim, kPair>::kStageBytes, 2, kFwdOwnBytes<kHeadDim, kPair>> {
     static constexpr int kOnesOffset = round_up(Sm90FwdTile::kEnd, 16);  // a product with them is a row's sum
     static constexpr int kSmemBytes = kOnesOffset + kOnesBytes - kSmemBase;
     static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
