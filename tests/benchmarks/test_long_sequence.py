@@ -202,6 +202,25 @@ def test_steps_are_repeated_while_they_are_short_and_time_is_left(monkeypatch):
     assert [round(case["seconds"], 9) for case in found] == [0.1, 0.4, 0.4]
 
 
+def test_the_optimizer_has_its_states_before_a_length_is_tried(monkeypatch):
+    shapes = []
+
+    def train_step(engine, job, shape, step, device):
+        shapes.append(shape)
+        if engine == "too big":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    monkeypatch.setattr(worker, "train_step", train_step)
+    monkeypatch.setattr(worker, "another_fits", lambda *_: True)
+    monkeypatch.setattr(worker.os, "_exit", lambda code: shapes.append(code))
+    job = {"steps": 3, "cases": [(4, 2048), (1, 4096)]}
+    worker.make_states("engine", job, torch.device("cpu"))
+    assert shapes == [(1, 256)]
+    worker.make_states("too big", job | {"cases": [(1, 64)]}, torch.device("cpu"))
+    assert shapes[1:] == [(1, 64), worker.OUT_OF_MEMORY]
+
+
 @pytest.mark.parametrize("module, limit", [(longest_sequence, 300), (throughput_by_length, 200)])
 def test_all_steps_that_are_repeated_fit_into_a_case(module, limit):
     options = module.parse_arguments(["--tiny"])

@@ -40,6 +40,7 @@ def main(path: str) -> int:
     host = HostMemory()
     model, mpu = llama(job, device) if job["kind"] == "alst" else decoder(job, device)
     engine, *_ = deepspeed.initialize(model=model, config=job["ds_config"], mpu=mpu)
+    make_states(engine, job, device)
     say(job, {"event": "ready", "seconds": time.perf_counter() - began})
     for batch_size, length in job["cases"]:
         result = measure(engine, job, batch_size, length, device) | {"host_gib": host.peak_gib()}
@@ -52,6 +53,14 @@ def main(path: str) -> int:
     return 0
 
 
+def make_states(engine, job, device):
+    """A short training step. Without it the first length of a process could fit only because the optimizer's states
+    do not exist before its step, and a search would find lengths that train once and no more."""
+    length = min(256, *(length for _, length in job["cases"]))
+    if measure(engine, job | {"steps": 1}, 1, length, device)["status"] != "ok":
+        os._exit(OUT_OF_MEMORY)
+
+
 def say(job, record):
     if dist.get_rank() == 0:
         with open(job["output"], "a") as file:
@@ -61,8 +70,7 @@ def say(job, record):
 def measure(engine, job, batch_size, length, device) -> dict:
     """Up to job["steps"] complete training steps on `batch_size` sequences of a length; the last is timed.
 
-    The first also locks pages, makes optimizer states and tunes kernels, so that a later one is timed where there is
-    time for it.
+    The first also locks pages and tunes kernels, so that a later one is timed where there is time for it.
     """
     cuda = device.type == "cuda"
     if cuda:
