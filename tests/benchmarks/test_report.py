@@ -191,6 +191,10 @@ def test_a_table_of_lengths_has_what_was_measured_and_says_which_run(tmp_path):
     assert lines[3] == "| `full`: all of it, 8 layers computed | 1,024 | 1.5 | 2.0 | 4 | 1,000 | 3 | 25.0 % |"
     assert "| 2,048 | 1.5 | 2.0 | 9 (first) |" in lines[4] and "| 4,096 | out of memory |" in lines[5]
     assert "run it" in lines[7] and "8,192" not in " ".join(lines)
+    variant = {"name": "on", "says": "tiled", "cases": cases[:1], "batches": [cases[0] | {"batch_size": 4}]}
+    (folder / "b.json").write_text(json.dumps({"machine": made["machine"], "variants": [variant]}))
+    lines = tables.updated("<!-- lengths:b -->\nold\n<!-- /lengths -->\n", tmp_path).splitlines()
+    assert "| `on`: tiled | 1 x 1,024 | 1.5 |" in lines[3] and "| `on`: tiled | 4 x 1,024 | 1.5 |" in lines[4]
 
 
 def test_every_committed_record_can_be_read():

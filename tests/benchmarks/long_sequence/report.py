@@ -98,20 +98,26 @@ def ladder_table(record: dict) -> str:
 
 
 def markdown_lengths(records: list[dict]) -> str:
-    """For a README: a line per length that a rung of the records tried, in their order, and the runs they are from."""
+    """For a README: a line per length that a rung or variant of the records tried, in their order, and their runs."""
     columns = [(column, HEADS.index(column)) for column in HEADS if column != "method's TFLOP/s"]
+    lines = [line for record in records for line in (record["rungs"] if "rungs" in record else record["variants"])]
+    of_batches = any(case.get("batch_size", 1) > 1 for line in lines for case in _cases(line))
     rows = ["| rung | tokens | " + " | ".join(name for name, _ in columns) + " |"]
     rows.append("|---" * (2 + len(columns)) + "|")
-    for record in records:
-        for rung in record["rungs"]:
-            layers = f", {rung['computed_layers']} layers computed" if rung["computed_layers"] else ""
-            for case in rung["cases"]:
-                if case["status"] == "failed":  # not for want of memory or time: nothing was measured
-                    continue
-                figures = " | ".join(cells(case)[index] for _, index in columns)
-                rows.append(f"| `{rung['name']}`: {rung['says']}{layers} | {case['length']:,} | {figures} |")
+    for line in lines:
+        layers = f", {line['computed_layers']} layers computed" if line.get("computed_layers") else ""
+        for case in _cases(line):
+            if case["status"] == "failed":  # not for want of memory or time: nothing was measured
+                continue
+            figures = " | ".join(cells(case)[index] for _, index in columns)
+            tokens = f"{case.get('batch_size', 1)} x {case['length']:,}" if of_batches else f"{case['length']:,}"
+            rows.append(f"| `{line['name']}`: {line['says']}{layers} | {tokens} | {figures} |")
     runs = [f"{machine_line(record['machine'])} | `{record['machine']['command']}`" for record in records]
     return "\n".join([*rows, "", "\\\n".join(runs), ""])
+
+
+def _cases(line: dict) -> list[dict]:
+    return [*line["cases"], *line.get("batches", [])]
 
 
 def draw_ladder(record: dict, path: Path) -> None:
@@ -141,14 +147,17 @@ def draw_ladder(record: dict, path: Path) -> None:
 
 
 def draw_lengths(record: dict, path: Path) -> None:
-    """TFLOP/s and MFU against the length, and tokens/s against the batch size."""
+    """TFLOP/s against the length and, where batches were run, tokens/s against the batch size."""
     pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    of_batches = any(case["status"] == "ok" for variant in record["variants"] for case in variant["batches"])
+    panels = 1 + of_batches
+    figure, axes = pyplot.subplots(1, panels, figsize=(1 + 6 * panels, 5), layout="constrained", squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
     for variant in record["variants"]:
         ok = [case for case in variant["cases"] if case["status"] == "ok"]
         line = sorted((case["length"], case["tflops"]) for case in ok if case["batch_size"] == 1)
         if line:
-            left.plot(*zip(*line, strict=True), "o-", label=f"{variant['name']}, {variant['gpus']} GPU(s)")
+            left.plot(*zip(*line, strict=True), "o-", label=f"{variant['says']} (`{variant['name']}`)")
         for length in sorted({case["length"] for case in variant["batches"] if case["status"] == "ok"}):
             line = [
                 (case["batch_size"], case["tokens_per_second"])
@@ -156,13 +165,24 @@ def draw_lengths(record: dict, path: Path) -> None:
                 if case["length"] == length and case["status"] == "ok"
             ]
             right.plot(*zip(*sorted(line), strict=True), "o-", label=f"{variant['name']}, {length} tokens")
-    left.set(xscale="log", xlabel="tokens per sequence", ylabel="TFLOP/s per GPU (causal, no recomputation)")
-    right.set(xscale="log", xlabel="sequences per step", ylabel="tokens/s")
-    for axis in (left, right):
+    if of_batches:
+        right.set(xlabel="sequences per step", ylabel="tokens/s")
+        _powers_of_two(right)
+    left.set(xlabel="tokens per sequence", ylabel="TFLOP/s per GPU (causal, no recomputation)")
+    _powers_of_two(left)
+    for axis in axes[0]:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize="x-small")
     _save(figure, record, path)
+
+
+def _powers_of_two(axis):
+    """A tick at each value of the lines, in words."""
+    at = sorted({value for line in axis.lines for value in line.get_xdata()})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(at, [f"{value // 1024:g}K" if value % 1024 == 0 else f"{value:g}" for value in at])
+    axis.minorticks_off()
 
 
 def _pyplot():
