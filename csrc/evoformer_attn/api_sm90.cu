@@ -31,7 +31,6 @@ Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_
     if (backward) {
         const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;
         p.query_aux = cursor.take<uint4>(vectors);
-        p.delta = cursor.take<float>(vectors);
         take_gated_d_o(p, cursor);
     } else {
         const int64_t items = static_cast<int64_t>(ceil_div(p.q_len, 2 * 64)) *

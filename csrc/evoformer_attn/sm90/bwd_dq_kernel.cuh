@@ -18,13 +18,12 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
 
     const int num_q_blocks = ceil_div(p.q_len, Tile::kPositions), num_k_tiles = ceil_div(p.k_len, kTileRows);
     const int num_row_blocks = ceil_div(p.rows_per_group, Tile::kRows);
-    const int num_items = num_q_blocks * num_row_blocks * p.heads * p.num_groups;
 
     if (warp >= Tile::kConsumerWarps) {
         release_registers<Tile::kProducerRegisters>();
         if (warp != Tile::kConsumerWarps || lane != 0) return;
         typename Tile::OwnRing queries = Tile::own_ring(0);  // those of all warpgroups move together
-        for (int index = blockIdx.x; index < num_items; index += gridDim.x) {
+        for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
             const WorkItem item = decode_work_item(index, num_q_blocks, num_row_blocks, p);
             const int q0 = item.tile * Tile::kPositions;
             RowLocation rows[Tile::kRows];
@@ -95,12 +94,12 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
                 stats.aux[i / 2][i % 2] = aux[offset * 4];
             }
         };
-        if (blockIdx.x < num_items) {
+        if (blockIdx.x < p.num_items) {
             queries.wait_full();
             load_stats();
         }
 
-        for (int index = blockIdx.x; index < num_items; index += gridDim.x) {
+        for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
             float dq[2][kHeadDim / 8][4];
             zero_bias(dq[0]);
             zero_bias(dq[1]);
@@ -182,7 +181,7 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
             const auto own = queries;
             queries.advance();
             // With two buffers the next operands are most likely there, and the loads run beside the stores.
-            const bool more = index + gridDim.x < num_items;
+            const bool more = index + gridDim.x < p.num_items;
             if (Tile::kBuffers > 1 && more) {
                 queries.wait_full();
                 load_stats();

@@ -20,8 +20,10 @@ cudaError_t launch_persistent(void (*kernel)(Sm90Params, Arguments...), int64_t 
     int num_sms = 0;
     const cudaError_t status = count_multiprocessors(&num_sms);
     if (status != cudaSuccess) return status;
+    Sm90Params counted = p;
+    counted.num_items = static_cast<int32_t>(num_items);
     return launch_overlapping(kernel, {num_items < num_sms ? num_items : num_sms, Tile::kThreads, Tile::kSmemBytes},
-                              p.stream, p, arguments...);
+                              p.stream, counted, arguments...);
 }
 
 template <typename Tile>

@@ -37,13 +37,12 @@ struct Sm90Params : KernelParams {
     float* pair_ref;     // pair_max * kBiasLog2E, which the exponentials subtract; same layout
     uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]
-    float* delta;        // backward: [B, N, H, q_len_padded], 0 from q_len on
     uint32_t* row_kept;  // forward: [mask_batch, mask_rows], whether the mask keeps any key
     uint32_t* redo;      // forward: [1 + items]: how the static softmax tells the online one what it could not hold
     // The kernel launched before is the one that prepares the operands. Else it is a sibling that has waited for that
     // one and whose results this kernel does not read, so it may start beside it.
     bool follows_prepare;
-    int32_t num_items;  // work items of the forward kernel
+    int32_t num_items;  // work items of the kernel
 
     DS4SCI_HOST_DEVICE int64_t num_key_rows() const {
         return mask_bias == nullptr ? 1 : static_cast<int64_t>(mask_batch) * mask_rows;

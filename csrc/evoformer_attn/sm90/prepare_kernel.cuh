@@ -84,7 +84,6 @@ DS4SCI_DEVICE void prepare_query_aux(const Sm90Params& p, uint32_t block, int th
     const Bf16Parts delta = Bf16Parts::of(-stats.delta);
     p.query_aux[stats.index] = make_uint4(pack2<bf16>(1.f, 1.f), pack2<bf16>(1.f, lse.high),
                                           pack2<bf16>(lse.mid, lse.low), pack2<bf16>(delta.high, delta.mid));
-    p.delta[stats.index] = stats.delta;
 }
 
 template <typename T>

@@ -142,14 +142,12 @@ struct KeyBlock : BlockShape<kHeadDim <= 32 ? 3 : 2> {
 template <int kHeadDim, bool kPair>
 struct KeyStage : KeyBlock<kHeadDim> {
     using Block = KeyBlock<kHeadDim>;
-    // The bias, 64 queries high, then Q, dO and the query side of the auxiliary product of each row, then delta of
-    // each row and the row references of the bias.
+    // The bias, 64 queries high, then Q, dO and the query side of the auxiliary product of each row, then the row
+    // references of the bias.
     static constexpr int kBiasBytes = kPair ? Block::kKeyTiles * kBiasTileBytes : 0;
     static constexpr int kRowBytes = 2 * Block::kTileBytes + kAuxTileBytes;
-    static constexpr int kVectorBytes = kTileRows * 4;
-    static constexpr int kDeltaOffset = kBiasBytes + Block::kRows * kRowBytes;
-    static constexpr int kRefsOffset = kDeltaOffset + Block::kRows * kVectorBytes;
-    static constexpr int kFilledBytes = kRefsOffset + (kPair ? kVectorBytes : 0);
+    static constexpr int kRefsOffset = kBiasBytes + Block::kRows * kRowBytes, kRefsBytes = kPair ? kTileRows * 4 : 0;
+    static constexpr int kFilledBytes = kRefsOffset + kRefsBytes;
     static constexpr int kStageBytes = round_up(kFilledBytes, kSmemAlignment);
     static constexpr int kStages = 4;
 
@@ -160,16 +158,15 @@ struct KeyStage : KeyBlock<kHeadDim> {
     static DS4SCI_DEVICE uint32_t aux_tile(uint32_t stage, int row) {
         return query_tile(stage, row) + 2 * Block::kTileBytes;
     }
-    static DS4SCI_DEVICE uint32_t delta_of(uint32_t stage, int row) {
-        return stage + kDeltaOffset + row * kVectorBytes;
-    }
 };
 
 template <int kHeadDim, bool kPair>
-struct Sm90BwdDkvTile : KeyStage<kHeadDim, kPair>,
-                        SmemLayout<KeyBlock<kHeadDim>, KeyStage<kHeadDim, kPair>::kStages,
-                                   KeyStage<kHeadDim, kPair>::kStageBytes, 2, 2 * RowTile<kHeadDim>::kBytes> {
-    static constexpr int kOwnBytes = 2 * RowTile<kHeadDim>::kBytes;  // K, V
+struct Sm90BwdDkvTile
+    : KeyStage<kHeadDim, kPair>,
+      SmemLayout<KeyBlock<kHeadDim>, KeyStage<kHeadDim, kPair>::kStages, KeyStage<kHeadDim, kPair>::kStageBytes, 2,
+                 2 * RowTile<kHeadDim>::kBytes + kAuxTileBytes> {
+    // K, V, the key side of the auxiliary product.
+    static constexpr int kOwnAuxOffset = 2 * RowTile<kHeadDim>::kBytes, kOwnBytes = kOwnAuxOffset + kAuxTileBytes;
 };
 
 // d(pair_bias): a block owns 128 queries x 128 keys of one head, warpgroup w a quarter of them, and runs over rows n.
