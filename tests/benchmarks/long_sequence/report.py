@@ -147,30 +147,29 @@ def draw_ladder(record: dict, path: Path) -> None:
 
 
 def draw_lengths(record: dict, path: Path) -> None:
-    """TFLOP/s against the length and, where batches were run, tokens/s against the batch size."""
+    """TFLOP/s against the length and tokens/s against the batch size, each where there is more than one."""
     pyplot = _pyplot()
-    of_batches = any(case["status"] == "ok" for variant in record["variants"] for case in variant["batches"])
-    panels = 1 + of_batches
-    figure, axes = pyplot.subplots(1, panels, figsize=(1 + 6 * panels, 5), layout="constrained", squeeze=False)
-    left, right = axes[0, 0], axes[0, -1]
+    by_length, by_batch = {}, {}
     for variant in record["variants"]:
-        ok = [case for case in variant["cases"] if case["status"] == "ok"]
-        line = sorted((case["length"], case["tflops"]) for case in ok if case["batch_size"] == 1)
-        if line:
-            left.plot(*zip(*line, strict=True), "o-", label=f"{variant['says']} (`{variant['name']}`)")
-        for length in sorted({case["length"] for case in variant["batches"] if case["status"] == "ok"}):
-            line = [
-                (case["batch_size"], case["tokens_per_second"])
-                for case in variant["batches"]
-                if case["length"] == length and case["status"] == "ok"
-            ]
-            right.plot(*zip(*sorted(line), strict=True), "o-", label=f"{variant['name']}, {length} tokens")
-    if of_batches:
-        right.set(xlabel="sequences per step", ylabel="tokens/s")
-        _powers_of_two(right)
-    left.set(xlabel="tokens per sequence", ylabel="TFLOP/s per GPU (causal, no recomputation)")
-    _powers_of_two(left)
-    for axis in axes[0]:
+        ok = [case for case in variant["cases"] if case["status"] == "ok" and case["batch_size"] == 1]
+        by_length[f"{variant['says']} (`{variant['name']}`)"] = [(case["length"], case["tflops"]) for case in ok]
+        for case in variant["batches"]:
+            if case["status"] == "ok":
+                line = by_batch.setdefault(f"{variant['name']}, {case['length']} tokens", [])
+                line.append((case["batch_size"], case["tokens_per_second"]))
+    panels = [
+        (by_length, "tokens per sequence", "TFLOP/s per GPU (causal, no recomputation)"),
+        (by_batch, "sequences per step", "tokens/s"),
+    ]
+    panels = [panel for panel in panels if any(len(line) > 1 for line in panel[0].values())] or panels[:1]
+    size = (1 + 6 * len(panels), 5)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (lines, what, unit) in zip(axes[0], panels, strict=True):
+        for label, line in lines.items():
+            if line:
+                axis.plot(*zip(*sorted(line), strict=True), "o-", label=label)
+        axis.set(xlabel=what, ylabel=unit)
+        _powers_of_two(axis)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize="x-small")
