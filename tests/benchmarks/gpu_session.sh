@@ -51,9 +51,11 @@ sanitize() {
     read -ra arguments <<<"${SANITIZE_ARGS:-}"
     mkdir -p build/sanitize
     for tool in "${tools[@]}"; do
+        local of_tool=()
+        [[ $tool == initcheck ]] && of_tool=(--fill-outputs) # it does not see what the copy engine writes
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 "$seconds" \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 40 \
-            "$python" -m tests.benchmarks.sanitize "${arguments[@]}" >"build/sanitize/$tool.log" 2>&1 &
+            "$python" -m tests.benchmarks.sanitize "${of_tool[@]}" "${arguments[@]}" >"build/sanitize/$tool.log" 2>&1 &
         jobs+=($!)
     done
     : >"$out/sanitize.log"

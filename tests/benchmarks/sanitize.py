@@ -9,6 +9,7 @@ it takes.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
@@ -130,15 +131,33 @@ def run(dtype: torch.dtype, small: Small, implementation: str, device: str) -> b
     return True
 
 
+@contextlib.contextmanager
+def filled_outputs():
+    """Results, which the op allocates in the form of an input, start as zeros; workspaces and statistics do not."""
+    empty_like = torch.empty_like
+    torch.empty_like = torch.zeros_like
+    try:
+        yield
+    finally:
+        torch.empty_like = empty_like
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impl", help=f"implementations with commas (default: {', '.join(IMPLEMENTATIONS)})")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="every fourth case")
+    parser.add_argument("--fill-outputs", action="store_true", help="for initcheck; see above")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         print("warning: errors inside torch's pool go unseen; set PYTORCH_NO_CUDA_MEMORY_CACHING=1", file=sys.stderr)
     chosen = cases()[:: 4 if options.quick else 1]
+    with filled_outputs() if options.fill_outputs else contextlib.nullcontext():
+        run_all(options, chosen)
+
+
+def run_all(options: argparse.Namespace, chosen: list) -> None:
+    """The chosen cases by every implementation that takes them."""
     total = 0
     for name in options.impl.split(",") if options.impl else IMPLEMENTATIONS:
         ran = sum(run(dtype, small, name, options.device) for dtype, small in chosen)

@@ -121,6 +121,19 @@ def test_sanitizer_runs_what_each_implementation_takes(capsys, monkeypatch):
         sanitize.main(["--device", "cpu"])
 
 
+def test_sanitizer_fills_outputs_only_while_it_runs(monkeypatch):
+    seen = []
+
+    def run(dtype, small, name, device):
+        seen.append(bool((torch.empty_like(torch.ones(4096)) == 0).all()))
+        return True
+
+    monkeypatch.setattr(sanitize, "run", run)
+    empty_like = torch.empty_like
+    sanitize.main(["--impl", "tiled", "--device", "cpu", "--quick", "--fill-outputs"])
+    assert seen and all(seen) and torch.empty_like is empty_like
+
+
 def test_sanitizer_stops_at_what_is_not_finite(monkeypatch):
     def broken(q, k, v, **options):
         return q * float("nan") + 0 * (k.sum() + v.sum() + sum(x.float().sum() for x in list(options.values())[:2]))
