@@ -17,6 +17,11 @@ int32_t check_sm90(const EvoformerParams& p) {
     return 0;
 }
 
+int64_t num_forward_items(const KernelParams& p) {
+    return static_cast<int64_t>(ceil_div(p.q_len, 2 * kTileRows)) *
+           ceil_div(p.rows_per_group, sm90_rows_per_block(p.head_dim)) * p.heads * p.num_groups;
+}
+
 Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_t* workspace_bytes) {
     Sm90Params p{};
     static_cast<KernelParams&>(p) = basic_kernel_params(params);
@@ -33,8 +38,7 @@ Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_
         p.query_aux = cursor.take<uint4>(vectors);
         take_gated_d_o(p, cursor);
     } else {
-        const int64_t items = static_cast<int64_t>(ceil_div(p.q_len, 2 * 64)) *
-                              ceil_div(p.rows_per_group, sm90_rows_per_block(p.head_dim)) * p.heads * p.num_groups;
+        const int64_t items = num_forward_items(p);
         p.num_items = static_cast<int32_t>(items);
         p.row_kept = cursor.take<uint32_t>(p.num_key_rows());
         p.redo = cursor.take<uint32_t>(items + 1);
@@ -85,6 +89,7 @@ extern "C" int32_t ds4sci_evoformer_sm90_fwd(const EvoformerParams* params) {
     if (const int32_t status = check(*params)) return status;
     if (const int32_t status = check_sm90(*params)) return status;
     Sm90Params p = make_sm90_params(*params, false, nullptr);
+    if (num_forward_items(p) != p.num_items) return cudaErrorInvalidConfiguration;
     return DS4SCI_SM90_DTYPE_SWITCH(p.dtype, [&] {
         return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
             cudaError_t status = encode_maps(p, kHeadDim);

@@ -63,6 +63,11 @@ VARIANTS = (
     Small(rows=3, q_len=129, gate=True),
     Small(rows=70, head_dim=24, layout="ending", gate=True),
     Small(rows=4, head_dim=64, mask="bool", unlucky=True, gate=True),
+    # more work items per block than buffers of operands
+    Small(rows=420, q_len=17, k_len=17),
+    Small(rows=420, q_len=17, k_len=17, pair="none"),
+    Small(rows=420, q_len=17, k_len=17, head_dim=64),
+    Small(rows=420, q_len=17, k_len=17, head_dim=64, pair="none", mask="bool"),
     # clusters of blocks
     Small(rows=3, k_len=250, heads=20),
     Small(rows=6, k_len=300, heads=13, head_dim=16),

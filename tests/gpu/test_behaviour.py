@@ -20,6 +20,7 @@ from .runs import IMPLEMENTATIONS, ON_HOPPER, RUNS, RUNS_16_BIT
 pytestmark = pytest.mark.gpu
 
 SHAPE = shapes.AttentionShape("medium", 1, 33, 130, 130, 4, 32, "tails and several tiles")
+MANY_ITEMS = shapes.AttentionShape("many-items", 1, 96, 200, 200, 4, 64, "buffers of operands are handed back")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -167,8 +168,9 @@ def test_gradient_of_a_sum_has_zero_strides(implementation):
     assert torch.equal(actual, expected)
 
 
-def test_unwanted_gradients_change_nothing(implementation):
-    inputs = make_inputs(SHAPE, torch.bfloat16, "cuda", gate="contiguous")
+@pytest.mark.parametrize("shape", (SHAPE, MANY_ITEMS), ids=lambda shape: shape.name)
+def test_unwanted_gradients_change_nothing(shape, implementation):
+    inputs = make_inputs(shape, torch.bfloat16, "cuda", gate="contiguous")
     every = run_op(inputs, implementation)
     for name, tensor in inputs.differentiable().items():
         alone = torch.autograd.grad(attend(inputs, implementation), tensor, inputs.do)[0]

@@ -161,6 +161,26 @@ def test_minus_infinity_in_both_biases(mask, implementation, dtype):
     check_against_eager(make_inputs(shape, dtype, "cuda", mask=mask, pair="minus_inf"), implementation)
 
 
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS_16_BIT)
+@pytest.mark.parametrize("k_len", (200, 192), ids=("tail", "whole-tiles"))
+@pytest.mark.parametrize("value", (-1e4, -1e25, -1e38))
+def test_large_negatives_beside_rows_without_keys(value, k_len, implementation, dtype):
+    """A constant over all keys of a query changes nothing, and where the mask keeps no key the result is 0."""
+    if value < torch.finfo(dtype).min:
+        pytest.skip(f"{value:g} is -inf in {dtype}")
+    shape = dataclasses.replace(SMALL, k_len=k_len)
+    plain, shifted = (make_inputs(shape, dtype, "cuda", mask="all_masked") for _ in range(2))
+    with torch.no_grad():
+        plain.pair_bias[..., 3, :] = 0.0
+        shifted.pair_bias[..., 3, :] = value
+    expected, actual = run_op(plain, implementation), run_op(shifted, implementation)
+    without_keys = (plain.mask_bias == MINUS_INF).all(-1).squeeze((-1, -2))
+    assert without_keys.any() and torch.count_nonzero(actual["o"][without_keys]) == 0  # NaN counts as nonzero
+    for name, tensor in expected.tensors.items():
+        assert torch.isfinite(actual[name]).all(), name
+        assert_close(name, actual[name], tensor)
+
+
 def assert_close(name, actual, expected):
     """Equal but for a few roundings."""
     error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)

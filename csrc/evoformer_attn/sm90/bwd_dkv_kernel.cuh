@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
     DS4SCI_DYNAMIC_SMEM(smem_base);
     using Tile = Sm90BwdDkvTile<kHeadDim, kPair>;
     using Rows = RowTile<kHeadDim>;
+    static_assert(Tile::kOwnBuffers > 1, "a buffer is handed back when the next item's operands are there");
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
     Tile::init(smem_base, p.follows_prepare);
     auto ring = Tile::ring();

@@ -47,8 +47,8 @@ struct StaticSoftmax {
     }
 };
 
-// Rows whose bias lies further down are left to the online softmax: a key past the end would be one of theirs, since
-// the bias reads as zero there.
+// Rows whose bias lies further down are left to the online softmax if there are keys past the end: the bias of those
+// reads as zero, so they would count.
 constexpr float kLowestStaticRef = -1e20f;
 
 // Whether the mask keeps any key of a warpgroup's row. A row without keys is 0, as it should be.
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
     DS4SCI_DYNAMIC_SMEM(smem_base);
     using Tile = Sm90FwdTile<kHeadDim, kPair>;
     using Rows = RowTile<kHeadDim>;
+    static_assert(Tile::kOwnBuffers > 1, "a buffer is handed back when the next item's operands are there");
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
     if (threadIdx.x < kOnesBytes / 4) sts_u32(Tile::kOnesOffset + threadIdx.x * 4, pack2<T>(1.f, 1.f));
     async_proxy_fence();
@@ -312,9 +313,12 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 const Softmax mine = half ? softmax[1] : softmax[0];
                 record.vector_out[q] = high ? mine.template lse<float>(1) : mine.template lse<float>(0);
                 if constexpr (!kOnline) {
-                    const float reference = kPair ? lds_f32(staged + Tile::kRefsOffset + q * 4) : 0.f;
-                    if ((!(high ? mine.in_range(1) : mine.in_range(0)) || reference < kLowestStaticRef) &&
-                        keeps_a_key<Tile>(p, record.index, warpgroup))
+                    const bool in_range = high ? mine.in_range(1) : mine.in_range(0);
+                    const float total = high ? mine.sum[1] : mine.sum[0];
+                    const bool key_past_end = kPair && p.k_len % kTileRows != 0 &&
+                                              lds_f32(staged + Tile::kRefsOffset + q * 4) < kLowestStaticRef;
+                    // A sum of 0 is right where the mask keeps no key.
+                    if (key_past_end || (!in_range && (total != 0.f || keeps_a_key<Tile>(p, record.index, warpgroup))))
                         p.redo[0] = p.redo[1 + record.index] = 1;
                 }
             }

@@ -16,10 +16,11 @@ namespace ds4sci {
 template <typename Tile, typename... Arguments>
 cudaError_t launch_persistent(void (*kernel)(Sm90Params, Arguments...), int64_t num_items, const Sm90Params& p,
                               Arguments... arguments) {
-    if (num_items > 2147483647) return cudaErrorInvalidConfiguration;
     int num_sms = 0;
     const cudaError_t status = count_multiprocessors(&num_sms);
     if (status != cudaSuccess) return status;
+    // The last item of a block and one step further.
+    if (num_items > 2147483647 - num_sms) return cudaErrorInvalidConfiguration;
     Sm90Params counted = p;
     counted.num_items = static_cast<int32_t>(num_items);
     return launch_overlapping(kernel, {num_items < num_sms ? num_items : num_sms, Tile::kThreads, Tile::kSmemBytes},

@@ -74,7 +74,7 @@ DS4SCI_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
-// Whether the phase is complete, without waiting for it; for mbarrier_wait_unless, with other work in between.
+// Whether the phase is complete, after a moment's wait at most; for mbarrier_wait_unless, with other work in between.
 DS4SCI_DEVICE uint32_t mbarrier_test(uint32_t barrier, uint32_t parity) {
     uint32_t complete;
     asm volatile(
@@ -155,7 +155,6 @@ DS4SCI_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
                  : "memory");
 }
 
-DS4SCI_DEVICE uint32_t shfl_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 // The same value, of unknown origin to the compiler: kept in a register rather than computed again.
 DS4SCI_DEVICE uint32_t kept(uint32_t x) {
     asm volatile("" : "+r"(x));

@@ -2,10 +2,9 @@
 // Shapes of the Hopper kernels. A block is a few warpgroups that compute, each on its own row n, and one that feeds
 // them.
 //
-// At head dims up to 32 accumulators are small, so latency is hidden by three or four warpgroups that run freely
-// rather than by two that software-pipeline: while one waits for its products, the exponentials of the others keep the
-// special function unit busy. Blocks of 128 positions halve what K and V (Q and dO) cost in L2 traffic; the rows of a
-// block share the tiles of the pair bias.
+// At head dims up to 32 accumulators are small, so latency is hidden by three or four warpgroups: while one waits for
+// its products, the exponentials of the others keep the special function unit busy. Blocks of 128 positions halve what
+// K and V (Q and dO) cost in L2 traffic; the rows of a block share the tiles of the pair bias.
 #pragma once
 #include "sm90/tile.h"
 
@@ -46,16 +45,17 @@ struct QueryBlock : Shape {
 struct alignas(16) ItemRecord {
     const void* source;         // forward: gate of its first query, or null; dQ: pair_ref of it
     float* vector_out;          // lse; d(mask_bias)
-    int64_t stats;              // index of its first query in [B, N, H, q_len_padded] (dQ), key in key_aux (dK, dV)
+    int64_t stats;              // dQ: index of its first query in [B, N, H, q_len_padded]
     int32_t first, head, n, b;  // where its results go, as the copy engine counts
-    int32_t valid;              // positions from the first one on; at most 0 for a row that does not exist
-    int32_t index;              // of the work item
+    int32_t valid;  // forward, dK, dV: positions from the first one on; at most 0 for a row that does not exist
+    int32_t index;  // of the work item
 };
 
 // Shared memory of a block that runs through kRingStages stages and holds kBuffers sets of operands of its own
 // positions, kOwnBytes for each warpgroup.
 template <typename Shape, int kRingStages, int kStageBytes, int kBuffers, int kOwnBytes>
 struct SmemLayout {
+    static constexpr int kOwnBuffers = kBuffers;
     static constexpr int kOwnOffset = kSmemBase + kRingStages * kStageBytes;
     static constexpr int kBufferBytes = Shape::kWarpgroups * kOwnBytes;  // from one set to the next
     static constexpr int kRecordOffset = kOwnOffset + kBuffers * kBufferBytes;
@@ -83,7 +83,7 @@ struct SmemLayout {
         check_smem_base(smem);
         if (threadIdx.x == 0) {
             Ring<kRingStages>::init(ring().barriers, Shape::kConsumerWarps);
-            // All threads signal: each has read of the record and the row vectors what it needs.
+            // All threads signal that they have read what they need: the record, row vectors, K and V of dK and dV.
             for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, 128);
             mbarrier_init_fence();
         }

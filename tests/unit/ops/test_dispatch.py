@@ -177,10 +177,10 @@ REFUSED_BY_SM90 = [
     ({"dtype": torch.float32, **FP32_PAIR}, "takes fp16 and bf16, got torch.float32"),
     ({"head_dim": 65}, "takes head_dim up to 64, got 65"),
     (FP32_PAIR, "takes a pair bias of q's dtype torch.bfloat16, got torch.float32"),
-    ({"softmax_scale": 0.0}, "takes softmax_scale from 1e-20 to 1e+20, got 0"),
-    ({"softmax_scale": -0.5}, "takes softmax_scale from 1e-20 to 1e+20, got -0.5"),
-    ({"softmax_scale": 1e-30}, "takes softmax_scale from 1e-20 to 1e+20, got 1e-30"),
-    ({"softmax_scale": float("nan")}, "takes softmax_scale from 1e-20 to 1e+20, got nan"),
+    ({"softmax_scale": 0.0}, "takes softmax_scale from 1e-07 to 1e+20, got 0"),
+    ({"softmax_scale": -0.5}, "takes softmax_scale from 1e-07 to 1e+20, got -0.5"),
+    ({"softmax_scale": 1e-30}, "takes softmax_scale from 1e-07 to 1e+20, got 1e-30"),
+    ({"softmax_scale": float("nan")}, "takes softmax_scale from 1e-07 to 1e+20, got nan"),
     ({"rows": 2**27, "q_len": 64, "heads": 32}, f"takes up to {2**31 - 2**16} work items, {2**35} needed"),
     ({"rows": 2**20, "q_len": 2**19, "k_len": 1, "heads": 1}, f"takes up to {2**31 - 2**16} work items, {2**31} nee"),
     ({"batch": 2**29, "rows": 1, "pair_batch": 2**29, "k_len": 1}, f"takes up to {2**31 - 2**16} work items, {2**33}"),
@@ -318,7 +318,7 @@ def test_sm80_takes_what_sm90_takes(compiled):
     compiled()
     for head_dim in range(1, sm90.MAX_HEAD_DIM + 1):
         for dtype in sm90.DTYPES:
-            problem = H100._replace(dtype=dtype, pair_dtype=dtype, head_dim=head_dim, rows=1, softmax_scale=1e-20)
+            problem = H100._replace(dtype=dtype, pair_dtype=dtype, head_dim=head_dim, rows=1, softmax_scale=1e-7)
             assert sm90.SM90.unsupported_reason(problem) is sm80.SM80.unsupported_reason(problem) is None
             assert choose(problem).name == "sm80"
 
