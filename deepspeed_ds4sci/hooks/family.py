@@ -143,8 +143,8 @@ class Family:
         for name, value in list(output.items()):
             if isinstance(value, torch.Tensor):
                 output[name] = state.gather(value)
-            elif isinstance(value, tuple):
-                output[name] = tuple(state.gather(each) for each in value)
+            elif isinstance(value, (tuple, list)):  # hidden states, a tensor per layer
+                output[name] = type(value)(state.gather(each) for each in value)
         return output
 
     def loss(self, state, output, training: bool) -> torch.Tensor:

@@ -23,13 +23,14 @@ class TiledLoss:
         head: [n, hidden] -> [n, vocabulary] logits, the forward of the model's head.
         tile: tokens at a time.
         causal: labels are the next tokens.
+        refuse: called with the model before its labels are taken; raises where the model's loss is another one.
         state: `sequence_state.SequenceState` of a model whose sequences are split; None: this rank has them whole.
 
     The mean is 0 where no token has a label.
     """
 
-    def __init__(self, head: Callable, tile: int, causal: bool, state=None):
-        self.head, self.tile, self.causal, self.state = head, tile, causal, state
+    def __init__(self, head: Callable, tile: int, causal: bool, refuse: Callable, state=None):
+        self.head, self.tile, self.causal, self.refuse, self.state = head, tile, causal, refuse, state
         self.labels: torch.Tensor | None = None  # [B, L], aligned with the hidden states, of the batch in work
         self.ignore_index, self.num_items = IGNORE_INDEX, None
 
@@ -59,6 +60,8 @@ class TiledLoss:
         labels, shifted = arguments.pop("labels", None), arguments.pop("shift_labels", None)
         if shifted is None and labels is not None:
             shifted = shift_labels(labels, self.ignore_index) if self.causal else labels
+        if shifted is not None:
+            self.refuse(model)
         self.labels = shifted
         return (), arguments
 

@@ -51,7 +51,8 @@ def _tile_loss(model, family, tile, context):
         raise NotImplementedError(
             f"ds4sci.tiling.loss needs a model that makes logits and a loss of every token, got {type(model).__name__}"
         )
-    family.refuse_other_losses(model, "tiling.loss")
+    refuse = functools.partial(family.refuse_other_losses, feature="tiling.loss")
+    refuse(model)
     split = context.sequence if context.groups is not None else None
-    loss = TiledLoss(head.forward, tile, family.is_causal(model), split)
+    loss = TiledLoss(head.forward, tile, family.is_causal(model), refuse, split)
     context.handles += [replace_attribute(head, "forward", loss.forward), *loss.register(model)]

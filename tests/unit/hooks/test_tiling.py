@@ -181,6 +181,16 @@ def test_refuses_a_loss_that_it_would_replace():
         apply.with_hooks(model, tiling={"loss": 4})
 
 
+def test_refuses_a_loss_that_is_set_later():
+    tiled, *_ = apply.with_hooks(tiny_models.build("llama"), tiling={"loss": 4})
+    tiled.loss_function = lambda **_: 0.0
+    batch = tiny_models.batch("llama", 1, 16, 0)
+    with pytest.raises(NotImplementedError, match="ds4sci.tiling.loss .* has a loss function of its own"):
+        tiled(**batch)
+    batch.pop("labels")
+    assert tiled(**batch).logits.shape[:2] == (1, 16)
+
+
 def test_refuses_outputs_without_names():
     tiled, *_ = apply.with_hooks(tiny_models.build("llama"), tiling={"loss": 4})
     with pytest.raises(NotImplementedError, match="return_dict=False is not supported with ds4sci.tiling.loss"):
