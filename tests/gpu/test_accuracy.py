@@ -31,14 +31,7 @@ MORE = tuple(
 ) + tuple(shapes.AttentionShape(f"L{n}-N2", 1, 2, n, n, 2, 32, "tails") for n in (511, 1000, 1217))
 
 
-# More work items per block of a large GPU than there are buffers for their operands.
-MANY_ITEMS = (
-    shapes.AttentionShape("items-D64", 1, 96, 200, 200, 4, 64, "buffers are handed back"),
-    shapes.AttentionShape("items-D32", 1, 200, 130, 100, 4, 32, "buffers are handed back, dQ by a kernel of its own"),
-)
-
-
-@pytest.mark.parametrize(("shape", "implementation", "dtype"), with_shapes(MANY_ITEMS))
+@pytest.mark.parametrize(("shape", "implementation", "dtype"), with_shapes(shapes.MANY_ITEMS))
 @pytest.mark.parametrize("pair", ("none", "contiguous"))
 @pytest.mark.parametrize("gate", (None, "contiguous"))
 def test_many_work_items(gate, pair, shape, implementation, dtype):

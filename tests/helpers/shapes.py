@@ -166,6 +166,13 @@ def _boundary_rows() -> tuple[AttentionShape, ...]:
 
 BOUNDARY: tuple[AttentionShape, ...] = _boundary_rows()
 
+# More work items per block of a large GPU than there are buffers for their operands; dQ of the second is computed by
+# a kernel of its own.
+MANY_ITEMS: tuple[AttentionShape, ...] = (
+    AttentionShape("items-D64", 1, 96, 200, 200, 4, 64, "buffers are handed back"),
+    AttentionShape("items-D32", 1, 200, 130, 100, 4, 32, "buffers are handed back"),
+)
+
 # B * N * H above 65,535 (a grid axis that is not x stops there), and more than 2^31 elements in q.
 MANY_ROWS = _square("BNH-above-65535", 2, 4200, 16, 8, 8, "size limits")
 LARGE_TENSOR = _square("elements-above-2^31", 1, 4200, 4096, 4, 32, "size limits")

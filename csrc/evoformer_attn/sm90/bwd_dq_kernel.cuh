@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
             queries.advance();
             // With two buffers the next operands are most likely there, and the loads run beside the stores.
             const bool more = index + gridDim.x < p.num_items;
-            if (Tile::kBuffers > 1 && more) {
+            if (Tile::kOwnBuffers > 1 && more) {
                 queries.wait_full();
                 load_stats();
             }
@@ -197,18 +197,10 @@ __global__ void __launch_bounds__(Sm90BwdDqTile<kHeadDim, kPair>::kThreads, 1)
             for (int half = 0; half < 2; ++half)
                 stage_rows<T, kHeadDim>(Rows::fragment(staged + half * Tile::kTileBytes, warp_row, lane), dq[half],
                                         p.softmax_scale, p.softmax_scale);
-            async_proxy_fence();
-            warp_sync();
-            if (lane == 0) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    tma_store(&p.dq_map, staged + half * Tile::kTileBytes + warp_row * Rows::kRowBytes, 0,
-                              record.first + half * kTileRows + warp_row, record.head, record.n, record.b);
-                tma_store_commit();
-                tma_store_wait_read();
-            }
+            start_query_stores<Rows>(p.dq_map, staged, warp_row, record, lane);
+            tma_store_wait_read();
             mbarrier_arrive(own.empty());
-            if (Tile::kBuffers == 1 && more) {
+            if (Tile::kOwnBuffers == 1 && more) {
                 queries.wait_full();
                 load_stats();
             }

@@ -297,15 +297,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 stage_rows<T, kHeadDim>(Rows::fragment(staged + half * Tile::kTileBytes, warp_row, lane), o[half],
                                         softmax[half].normaliser(0), softmax[half].normaliser(1));
             }
-            async_proxy_fence();
-            warp_sync();
-            if (lane == 0) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    tma_store(&p.o_map, staged + half * Tile::kTileBytes + warp_row * Rows::kRowBytes, 0,
-                              record.first + half * kTileRows + warp_row, record.head, record.n, record.b);
-                tma_store_commit();
-            }
+            start_query_stores<Rows>(p.o_map, staged, warp_row, record, lane);
             // Each lane of four has another query.
             const int half = pair / 2, high = pair % 2, q = half * kTileRows + warp_row + quad + 8 * high;
             if (q < record.valid) {

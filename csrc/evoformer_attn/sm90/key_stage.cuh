@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the forward and the dQ kernel stream: the pair bias, K, V and the key side of the auxiliary product.
+// What the forward and the dQ kernel share: what they stream, the pair bias, K, V and the key side of the auxiliary
+// product, and the way out of what they compute for two tiles of queries.
 #pragma once
 #include "sm90/tile_config.h"
 
@@ -21,6 +22,21 @@ DS4SCI_DEVICE void load_key_stage(const Sm90Params& p, uint32_t stage, uint32_t 
         tma_load(Tile::value_tile(stage, r), &p.v_map, barrier, 0, key, head, at.n, at.b);
         bulk_load(Tile::aux_tile(stage, r), p.key_aux + p.key_row(rows[r].b, rows[r].n) * p.k_len_padded + key,
                   kAuxTileBytes, barrier);
+    }
+}
+
+// Hands a warp's part of two tiles of results, staged one behind the other, to the copy engine.
+template <typename Rows>
+DS4SCI_DEVICE void start_query_stores(const CUtensorMap& map, uint32_t staged, int warp_row, const ItemRecord& record,
+                                      int lane) {
+    async_proxy_fence();
+    warp_sync();
+    if (lane == 0) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            tma_store(&map, staged + half * Rows::kBytes + warp_row * Rows::kRowBytes, 0,
+                      record.first + half * kTileRows + warp_row, record.head, record.n, record.b);
+        tma_store_commit();
     }
 }
 

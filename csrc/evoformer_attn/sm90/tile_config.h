@@ -101,7 +101,7 @@ struct SmemLayout {
 template <int kHeadDim, bool kPair>
 using RowBlock = QueryBlock<BlockShape<kHeadDim <= 32 ? 3 : 2>, kHeadDim, kPair, kHeadDim <= 32 ? 3 : 2>;
 
-template <int kHeadDim, bool kPair>
+template <int kHeadDim>
 constexpr int kFwdStages = kHeadDim <= 32 ? 4 : 3;
 // Q, both tiles, and pair_ref.
 template <int kHeadDim, bool kPair>
@@ -109,7 +109,7 @@ constexpr int kFwdOwnBytes = 2 * RowTile<kHeadDim>::kBytes + (kPair ? kSmemAlign
 
 template <int kHeadDim, bool kPair>
 struct Sm90FwdTile : RowBlock<kHeadDim, kPair>,
-                     SmemLayout<RowBlock<kHeadDim, kPair>, kFwdStages<kHeadDim, kPair>,
+                     SmemLayout<RowBlock<kHeadDim, kPair>, kFwdStages<kHeadDim>,
                                 RowBlock<kHeadDim, kPair>::kStageBytes, 2, kFwdOwnBytes<kHeadDim, kPair>> {
     static constexpr int kOnesOffset = round_up(Sm90FwdTile::kEnd, 16);  // a product with them is a row's sum
     static constexpr int kSmemBytes = kOnesOffset + kOnesBytes - kSmemBase;
@@ -126,7 +126,6 @@ struct Sm90BwdDqTile
     : RowBlock<kHeadDim, kPair>,
       SmemLayout<RowBlock<kHeadDim, kPair>, kDqStages<kHeadDim, kPair>, RowBlock<kHeadDim, kPair>::kStageBytes,
                  kHeadDim <= 32 ? 2 : 1, 4 * RowTile<kHeadDim>::kBytes> {
-    static constexpr int kBuffers = kHeadDim <= 32 ? 2 : 1;
     static constexpr int kOwnBytes = 4 * RowTile<kHeadDim>::kBytes;  // Q, both tiles, then dO
 };
 
