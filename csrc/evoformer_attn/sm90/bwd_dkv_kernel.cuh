@@ -68,7 +68,9 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                     for (int i = 0; i < Tile::kKeyTiles; ++i)
                         tma_load(stage + i * kBiasTileBytes, &p.pair_map, barrier, key0 + i * kTileRows, q, pair_head,
                                  pair_group);
-                    bulk_load(stage + Tile::kRefsOffset, pair_row(p, p.pair_ref, item) + q, Tile::kRefsBytes, barrier);
+                    bulk_load(stage + Tile::kRefsOffset,
+                              pair_row(p, Tile::kRefsByMatrix ? p.pair_ref_columns : p.pair_ref, item) + q,
+                              Tile::kRefsBytes, barrier);
                 }
 #pragma unroll
                 for (int r = 0; r < Tile::kRows; ++r) {
@@ -99,7 +101,8 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
         // Transposed fragments of the bias tile, whose rows are queries: keys become rows.
         const uint32_t bias_tiles = kept(kSmemBase + own_tile * kBiasTileBytes + ((lane >> 4) * 8 + (lane & 7)) * 128 +
                                          ((warp_row * 2 + ((lane >> 3) & 1) * 16) ^ ((lane & 7) << 4)));
-        const uint32_t vectors = kept(kSmemBase + pair * 8);
+        const uint32_t refs =
+            kept(kSmemBase + Tile::kRefsOffset + (Tile::kRefsByMatrix ? (lane >> 3) * 16 : pair * 8));
         typename Tile::OwnRing keys = Tile::own_ring(warpgroup);
         uint32_t stored = 0;  // barrier of the operands in whose place the copy engine found the last results
 
@@ -162,6 +165,22 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                     float (&x)[4][4] = s[part];
                     if (part == 1) next.wait_full_unless(next_is_there);
                     start_s(part ^ 1, part == 0 ? ring.stage : next_stage);
+                    // Of every eight queries the references of this lane's two.
+                    float2 ref[4] = {};
+                    if constexpr (kPair && Tile::kRefsByMatrix) {
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            uint32_t words[4];
+                            ldmatrix_x4(words, refs + offset + (part * 2 + i) * 64);
+#pragma unroll
+                            for (int j = 0; j < 2; ++j)
+                                ref[2 * i + j] =
+                                    make_float2(bits_to_float(words[2 * j]), bits_to_float(words[2 * j + 1]));
+                        }
+                    } else if constexpr (kPair) {
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) ref[j] = lds_f32x2(refs + offset + (part * 4 + j) * 32);
+                    }
                     uint32_t packed[2][4];
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
@@ -172,14 +191,12 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                         for (int j = 0; j < 2; ++j) {
                             const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
                             const float b[4] = {low.x, low.y, high.x, high.y};
-                            float2 ref = make_float2(0.f, 0.f);
-                            if (kPair)
-                                ref = lds_f32x2(vectors + offset + Tile::kRefsOffset + (part * 4 + 2 * i + j) * 32);
+                            const float2 own = ref[2 * i + j];
                             float (&y)[4] = x[2 * i + j];
 #pragma unroll
                             for (int e = 0; e < 4; ++e)
                                 y[e] = exp2_approx(
-                                    kPair ? fmaf(y[e], scale_log2, fmaf(b[e], kBiasLog2E<T>, e % 2 ? -ref.y : -ref.x))
+                                    kPair ? fmaf(y[e], scale_log2, fmaf(b[e], kBiasLog2E<T>, e % 2 ? -own.y : -own.x))
                                           : y[e] * scale_log2);
                         }
                         pack_operand<T>(packed[i], x[2 * i], x[2 * i + 1]);
@@ -188,7 +205,10 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                     wgmma_complete(dp);
                     wgmma_complete(dk);
                     wgmma_complete(dv);
-                    if (part == 0) mbarrier_arrive_if(finished_stage, q_tile > 0 && lane == 0);
+                    if (part == 0) {
+                        if constexpr (!Tile::kRefsByMatrix) warp_sync();
+                        mbarrier_arrive_if(finished_stage, q_tile > 0 && lane == 0);
+                    }
                     uint32_t packed_ds[2][4];
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
@@ -231,6 +251,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
             wgmma_wait<0>();
             wgmma_complete(dk);
             wgmma_complete(dv);
+            if constexpr (!Tile::kRefsByMatrix) warp_sync();
             mbarrier_arrive_if(finished_stage, lane == 0);
             // This warp's part of the tiles of K and V, which only it has read, takes the results.
             stage_rows<T, kHeadDim>(fragment, dk, p.softmax_scale, p.softmax_scale);

@@ -34,7 +34,10 @@ struct Sm90Params : KernelParams {
     CUtensorMap q_map, k_map, v_map, d_o_map, pair_map;
     // What is written, 16 positions at a time.
     CUtensorMap o_map, dq_map, dk_map, dv_map;
-    float* pair_ref;     // pair_max * kBiasLog2E, which the exponentials subtract; same layout
+    float* pair_ref;  // pair_max * kBiasLog2E, which the exponentials subtract; same layout
+    // Backward: the same, of every eight queries those with even numbers first: with four lanes to a row of results,
+    // each of two queries, ldmatrix gives a lane its two.
+    float* pair_ref_columns;
     uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]
     uint32_t* row_kept;  // forward: [mask_batch, mask_rows], whether the mask keeps any key

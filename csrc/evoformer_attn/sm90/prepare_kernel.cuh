@@ -51,7 +51,9 @@ DS4SCI_DEVICE void prepare_pair_refs(const Sm90Params& p, int64_t row, int lane)
     const float reference = pair_reference<T>(p, row, lane);
     if (lane != 0) return;
     p.pair_max[row] = reference;
-    p.pair_ref[row] = fmaxf(reference * kBiasLog2E<T>, kLowestRef);
+    const float scaled = fmaxf(reference * kBiasLog2E<T>, kLowestRef);
+    p.pair_ref[row] = scaled;
+    if (p.pair_ref_columns != nullptr) p.pair_ref_columns[(row & ~7) + (row & 1) * 4 + (row & 7) / 2] = scaled;
 }
 
 template <typename T>

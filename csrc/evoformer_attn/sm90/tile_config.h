@@ -165,6 +165,9 @@ struct Sm90BwdDkvTile
       SmemLayout<KeyBlock<kHeadDim>, KeyStage<kHeadDim, kPair>::kStages, KeyStage<kHeadDim, kPair>::kStageBytes, 2,
                  2 * RowTile<kHeadDim>::kBytes + kAuxTileBytes> {
     // K, V, the key side of the auxiliary product.
+    // Row references by ldmatrix: fewer instructions, but four times the reads of shared memory, of which two
+    // warpgroups have less to spare.
+    static constexpr bool kRefsByMatrix = kHeadDim <= 32;
     static constexpr int kOwnAuxOffset = 2 * RowTile<kHeadDim>::kBytes, kOwnBytes = kOwnAuxOffset + kAuxTileBytes;
 };
 
