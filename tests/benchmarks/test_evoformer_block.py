@@ -79,7 +79,7 @@ def test_deepspeed_gets_its_layout(monkeypatch):
         return o.contiguous()
 
     gradients = []
-    monkeypatch.setattr(variants.deepspeed, "_wrapper", lambda dtype: wrapper)
+    monkeypatch.setattr(variants.deepspeed, "own_attention", lambda dtype: wrapper)
     errors = errors_of(results_by(variants.deepspeed_own()), exact())
     assert max(errors.values()) < 1e-5 and len(gradients) == 4
 

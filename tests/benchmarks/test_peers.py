@@ -134,12 +134,12 @@ class PlainKernels:
 def test_deepspeed_wrapper_is_its_own(monkeypatch, shape):
     monkeypatch.setattr(deepspeed, "Kernels", lambda path: PlainKernels())
     monkeypatch.setattr(deepspeed, "_library", lambda dtype: "unused")
-    deepspeed._wrapper.cache_clear()
-    wrapper = deepspeed._wrapper("fp32")
+    deepspeed.own_attention.cache_clear()
+    wrapper = deepspeed.own_attention("fp32")
     assert wrapper.__code__.co_filename.endswith("deepspeed/ops/deepspeed4science/evoformer_attn.py")
     longer = dataclasses.replace(shape, q_len=20, k_len=20)  # it asserts L > 16
     check(PEERS["deepspeed"], case_of(longer))
-    deepspeed._wrapper.cache_clear()
+    deepspeed.own_attention.cache_clear()
 
 
 def test_deepspeed_describes_tensors_for_c():

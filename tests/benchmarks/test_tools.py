@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preparation of the peers, the sanitizer's driver, the profiler's program and the session script."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import once, prepare_peers, sanitize
+from tests.benchmarks import deepspeed_tolerance, once, prepare_peers, sanitize
 from tests.benchmarks.sanitize import DTYPES, HEAD_DIMS, VARIANTS, cases
 
 HERE = Path(__file__).resolve().parent
@@ -183,3 +184,22 @@ def test_session_goes_on_after_a_failure_and_counts_it(tmp_path):
     words = [" ".join(line[:-2]) for line in summary]  # without the seconds
     assert words == ["report failed (3)", "test ran out of time", "bench ok"]
     assert "=== summary" in (out / "session.log").read_text()
+
+
+def test_deepspeeds_tolerance_passes_what_is_right_and_names_what_is_not(monkeypatch, capsys, tmp_path):
+    """The judge itself: our op and the exact result pass at a size where roundings are small; a wrong dk is named."""
+
+    def with_wrong_dk(*inputs):
+        found = deepspeed_tolerance.exact(*inputs)
+        found[2][0, 0, 0, 0, 0] += 1
+        return found
+
+    real = deepspeed_tolerance.contestants
+    monkeypatch.setattr(deepspeed_tolerance, "contestants", lambda *where: {**real(*where), "wrong": with_wrong_dk})
+    record = tmp_path / "record.json"
+    deepspeed_tolerance.main(["--tiny", "--seeds", "2", "--device", "cpu", "--json", str(record)])
+    passed = {(line["contestant"], line["dtype"]): line for line in json.loads(record.read_text())["lines"]}
+    for dtype in ("fp16", "bf16"):
+        assert passed["ours", dtype]["passed"] == passed["exact", dtype]["passed"] == 2
+        assert passed["wrong", dtype]["passed"] == 0 and passed["wrong", dtype]["failed"] == {"dk": 2}
+    assert "0/2" in capsys.readouterr().out

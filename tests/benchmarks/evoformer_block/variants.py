@@ -88,7 +88,7 @@ def flex_traced() -> Attend:
 
 
 def deepspeed_own() -> Attend:
-    wrapper = deepspeed._wrapper("bf16")
+    wrapper = deepspeed.own_attention("bf16")
 
     def attend(q, k, v, keep, pair_bias):
         o = wrapper(q, k, v, [additive_mask(keep, q.dtype), pair_bias])

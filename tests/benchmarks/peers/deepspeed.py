@@ -75,8 +75,12 @@ def _library(dtype: str) -> Path | None:
     return next(iter(sorted(LIBRARIES.glob(f"libdeepspeed_evoformer_{dtype}_sm*.so"))), None)
 
 
+def has_library(dtype: str) -> bool:
+    return _library(dtype) is not None
+
+
 @functools.cache
-def _wrapper(dtype: str):
+def own_attention(dtype: str):
     """DeepSpeed's `DS4Sci_EvoformerAttention`, out of its file: its import path may give this project's op."""
     package = importlib.util.find_spec("deepspeed")
     file = Path(package.origin).parent / "ops" / "deepspeed4science" / "evoformer_attn.py"
@@ -107,12 +111,12 @@ class DeepSpeed(Peer):
             return "B * N <= 65535 only"
         if case.head_dim > 64:
             return "head dim <= 64 only"
-        if _library(case.dtype) is None:
+        if not has_library(case.dtype):
             return f"library not prepared for {case.dtype}"
         return None
 
     def bind(self, case: Case, inputs: Inputs) -> Call:
-        attention = _wrapper(case.dtype)
+        attention = own_attention(case.dtype)
         q, k, v = leaf(inputs.q), leaf(inputs.k), leaf(inputs.v)
         mask_bias = inputs.mask_bias()
         pair_bias = None if inputs.pair_bias is None else leaf(inputs.pair_bias)
