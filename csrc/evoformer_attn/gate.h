@@ -37,9 +37,9 @@ DS4SCI_DEVICE float2 load_pair(const T* source) {
 
 // Multiply one warp's 16 x kHeadDim accumulator by the sigmoid of `gate`, which is row 0 of the 16, of which
 // `valid_rows` exist.
-template <typename T, int kHeadDim>
-DS4SCI_DEVICE void apply_gate(float (&acc)[kHeadDim / 8][4], const T* gate, int64_t stride, int valid_rows,
-                              int head_dim, int lane) {
+template <typename T, int kHeadDim, int kTiles>
+DS4SCI_DEVICE void apply_gate(float (&acc)[kTiles][4], const T* gate, int64_t stride, int valid_rows, int head_dim,
+                              int lane) {
     const int row = lane >> 2, column = (lane & 3) * 2;
 #pragma unroll
     for (int high = 0; high < 2; ++high) {

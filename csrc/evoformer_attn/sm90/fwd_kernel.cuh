@@ -17,24 +17,16 @@ namespace ds4sci {
 // The softmax state of one warp's 16 rows without a running maximum; interface of OnlineSoftmax.
 template <typename T>
 struct StaticSoftmax {
-    // Row sums of the terms, for lse: this lane's share of rows quad, quad + 8. And of the terms rounded to T, which
-    // the product with V takes, by a product with ones: so a key with all the weight has weight 1 in both passes,
-    // although its own term is no power of two.
-    float sum[2], rounded_sum[1][4];
+    // Row sums of the terms, for lse: this lane's share of rows quad, quad + 8.
+    float sum[2];
 
-    DS4SCI_DEVICE void reset() {
-        sum[0] = sum[1] = 0.f;
-        zero_bias(rounded_sum);
-    }
+    DS4SCI_DEVICE void reset() { sum[0] = sum[1] = 0.f; }
     DS4SCI_DEVICE void finish() {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             sum[i] += shfl_xor(sum[i], 1);
             sum[i] += shfl_xor(sum[i], 2);
         }
-    }
-    DS4SCI_DEVICE float normaliser(int i) const {
-        return rounded_sum[0][2 * i] == 0.f ? 0.f : reciprocal_approx(rounded_sum[0][2 * i]);
     }
     template <typename Lse>
     DS4SCI_DEVICE Lse lse(int i) const {
@@ -68,7 +60,9 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
     using Rows = RowTile<kHeadDim>;
     static_assert(Tile::kOwnBuffers > 1, "a buffer is handed back when the next item's operands are there");
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
-    if (threadIdx.x < kOnesBytes / 4) sts_u32(Tile::kOnesOffset + threadIdx.x * 4, pack2<T>(1.f, 1.f));
+    using Values = ValuesWithOnes<kHeadDim>;
+    for (int i = threadIdx.x; i < Values::kOnesBytes / 4; i += Tile::kThreads)
+        sts_u32(Tile::kOnesOffset + i * 4, pack2<T>(1.f, 1.f));
     async_proxy_fence();
     Tile::init(smem_base, true);
     if (marked_items_only && p.redo[0] == 0) return;
@@ -107,7 +101,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 tma_load(tile, &p.q_map, queries.full(), 0, q0, item.head, at.n, at.b);
                 tma_load(tile + Tile::kTileBytes, &p.q_map, queries.full(), 0, q0 + kTileRows, item.head, at.n, at.b);
                 if (kPair)
-                    bulk_load(tile + Tile::kRefsOffset, pair_row(p, kOnline ? p.pair_max : p.pair_ref, item) + q0,
+                    bulk_load(Tile::refs(r, queries.stage), pair_row(p, kOnline ? p.pair_max : p.pair_ref, item) + q0,
                               Tile::kRefsBytes, queries.full());
             }
             queries.advance();
@@ -133,9 +127,10 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
         const float scale = p.softmax_scale * (kOnline ? kUnit : kBiasLog2E<T>);
         const MatrixOperand query_tiles = Rows::over_dim(Tile::own_tiles(warpgroup, 0));
         const MatrixOperand key_tiles = Rows::over_dim(Tile::key_tile(kSmemBase, warpgroup));
-        const MatrixOperand value_tiles = Rows::over_positions(Tile::value_tile(kSmemBase, warpgroup));
+        const uint32_t value_tile = Tile::value_tile(kSmemBase, warpgroup);
+        const MatrixOperand value_tiles = Rows::over_positions(value_tile);
+        const Values values_with_ones = Values::of(value_tile, Tile::kOnesOffset);
         const MatrixOperand aux_tiles = aux_operand(Tile::aux_tile(kSmemBase, warpgroup));
-        const MatrixOperand ones_tile = ones_operand(Tile::kOnesOffset);
         const uint32_t bias_tiles = kept(kSmemBase + bias_fragment(warp_row, lane));
         typename Tile::OwnRing queries = Tile::own_ring(warpgroup);
         uint32_t stored = 0;  // barrier of the queries in whose place the copy engine found the last output
@@ -144,7 +139,10 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
 
         for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
             if (skips(index)) continue;
-            float o[2][kHeadDim / 8][4];
+            // The static softmax's in the last 8 columns: the rows' sums of the terms rounded to T, which the product
+            // with V takes. So a key with all the weight has weight 1 in both passes, although its own term is no
+            // power of two.
+            float o[2][kHeadDim / 8 + (kOnline ? 0 : 1)][4];
             using Softmax = std::conditional_t<kOnline, OnlineSoftmax, StaticSoftmax<T>>;
             Softmax softmax[2];
 #pragma unroll
@@ -155,8 +153,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             queries.wait_full();
             tma_store_wait_read();
             mbarrier_arrive_if(stored, stored != 0);
-            const uint32_t refs =
-                Tile::own_tiles(warpgroup, queries.stage) + Tile::kRefsOffset + (warp_row + quad) * 4;
+            const uint32_t refs = Tile::refs(warpgroup, queries.stage) + (warp_row + quad) * 4;
             // Of queries quad and quad + 8 of this warp, in either tile.
             float ref[2][2] = {};
             if (kPair) {
@@ -209,16 +206,21 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                     pack_operand<T>(packed[i], s[2 * i], s[2 * i + 1]);
                 }
                 wgmma_fence();
-                Rows::template product_pb<T>(o[half], packed, value_tiles.plus(stage * Tile::kStageBytes));
-                if constexpr (!kOnline) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) wgmma_rs<T, false>(softmax[half].rounded_sum, packed[i], ones_tile);
+                const uint32_t offset = stage * Tile::kStageBytes;
+                if constexpr (kOnline) {
+                    Rows::template product_pb<T>(o[half], packed, value_tiles.plus(offset));
+                } else {
+                    values_with_ones.plus(offset).template product<T>(o[half], packed);
                 }
                 wgmma_commit();
             };
-            auto output_complete = [&](int half) {
-                wgmma_complete(o[half]);
-                if constexpr (!kOnline) wgmma_complete(softmax[half].rounded_sum);
+            auto normaliser = [&](int half, int i) {
+                if constexpr (kOnline) {
+                    return softmax[half].normaliser(i);
+                } else {
+                    const float sum = o[half][kHeadDim / 8][2 * i];
+                    return sum == 0.f ? 0.f : reciprocal_approx(sum);
+                }
             };
 
             uint32_t finished_stage = 0;  // its values are read until the next wait
@@ -268,7 +270,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                         if (kPair) load_bias(bias, kEarlyBias, 4, half, ring.stage);
                         add_bias(s[half], bias, half, p.k_len - k_tile * kTileRows);
                         wgmma_wait<1>();
-                        output_complete(half ^ 1);
+                        wgmma_complete(o[half ^ 1]);
                         if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
                         start_output(s[half], packed, half, ring.stage);
                         wgmma_wait<1>();
@@ -280,8 +282,8 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             }
             const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, queries.stage));
             wgmma_wait<0>();
-            output_complete(0);
-            output_complete(1);
+            wgmma_complete(o[0]);
+            wgmma_complete(o[1]);
             mbarrier_arrive_if(finished_stage, lane == 0);
             // Its queries are read by all warps of the warpgroup: their tiles take the output.
             named_barrier_sync(1 + warpgroup, 128);
@@ -295,7 +297,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                                             p.gate_stride.l, record.valid - q, p.head_dim, lane);
                 }
                 stage_rows<T, kHeadDim>(Rows::fragment(staged + half * Tile::kTileBytes, warp_row, lane), o[half],
-                                        softmax[half].normaliser(0), softmax[half].normaliser(1));
+                                        normaliser(half, 0), normaliser(half, 1));
             }
             start_query_stores<Rows>(p.o_map, staged, warp_row, record, lane);
             // Each lane of four has another query.
@@ -308,7 +310,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                     const bool in_range = high ? mine.in_range(1) : mine.in_range(0);
                     const float total = high ? mine.sum[1] : mine.sum[0];
                     const bool key_past_end = kPair && p.k_len % kTileRows != 0 &&
-                                              lds_f32(staged + Tile::kRefsOffset + q * 4) < kLowestStaticRef;
+                                              lds_f32(Tile::refs(warpgroup, queries.stage) + q * 4) < kLowestStaticRef;
                     // A sum of 0 is right where the mask keeps no key.
                     if (key_past_end || (!in_range && (total != 0.f || keeps_a_key<Tile>(p, record.index, warpgroup))))
                         p.redo[0] = p.redo[1 + record.index] = 1;

@@ -282,17 +282,23 @@ struct MatrixOperand {
         return {address >> 4 | leading_bytes >> 4 << 16, stride_bytes >> 4 | swizzle << 30};
     }
     DS4SCI_DEVICE MatrixOperand plus(uint32_t bytes) const { return {low + (bytes >> 4), high}; }
+    // The same where the leading distance leads to a fixed place: it shrinks by what the address grows.
+    DS4SCI_DEVICE MatrixOperand plus_before_fixed(uint32_t bytes) const { return {low - (bytes >> 4) * 0xffff, high}; }
     DS4SCI_DEVICE uint64_t bits() const { return static_cast<uint64_t>(high) << 32 | low; }
 };
 
 #define DS4SCI_ACC4(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define DS4SCI_ACC_N8(d) DS4SCI_ACC4(d, 0)
 #define DS4SCI_ACC_N16(d) DS4SCI_ACC4(d, 0), DS4SCI_ACC4(d, 1)
+#define DS4SCI_ACC_N24(d) DS4SCI_ACC_N16(d), DS4SCI_ACC4(d, 2)
 #define DS4SCI_ACC_N32(d) DS4SCI_ACC_N16(d), DS4SCI_ACC4(d, 2), DS4SCI_ACC4(d, 3)
+#define DS4SCI_ACC_N40(d) DS4SCI_ACC_N32(d), DS4SCI_ACC4(d, 4)
 #define DS4SCI_ACC_N64(d) DS4SCI_ACC_N32(d), DS4SCI_ACC4(d, 4), DS4SCI_ACC4(d, 5), DS4SCI_ACC4(d, 6), DS4SCI_ACC4(d, 7)
 #define DS4SCI_REGISTERS_N8 "{%0,%1,%2,%3}"
 #define DS4SCI_REGISTERS_N16 "{%0,%1,%2,%3,%4,%5,%6,%7}"
+#define DS4SCI_REGISTERS_N24 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11}"
 #define DS4SCI_REGISTERS_N32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define DS4SCI_REGISTERS_N40 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19}"
 #define DS4SCI_REGISTERS_N64                                                                                          \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%"                                        \
     "20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
@@ -331,7 +337,7 @@ DS4SCI_DEVICE void wgmma_ss(float (&d)[kTiles][4], MatrixOperand a, MatrixOperan
                    "n"(kAdd ? 1 : 0))
 template <typename T, bool kTransposed, bool kAdd = true, int kTiles>
 DS4SCI_DEVICE void wgmma_rs(float (&d)[kTiles][4], const uint32_t (&a)[4], MatrixOperand b) {
-    static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4 || kTiles == 8, "n is 8, 16, 32 or 64");
+    static_assert(kTiles >= 1 && (kTiles <= 5 || kTiles == 8), "n is 8, 16, 24, 32, 40 or 64");
     if constexpr (kTiles == 1 && kIsBf16<T>) {
         DS4SCI_WGMMA_RS(8, "bf16.bf16", 4, 5, 6, 7, 8, 9, 10);
     } else if constexpr (kTiles == 1) {
@@ -340,10 +346,18 @@ DS4SCI_DEVICE void wgmma_rs(float (&d)[kTiles][4], const uint32_t (&a)[4], Matri
         DS4SCI_WGMMA_RS(16, "bf16.bf16", 8, 9, 10, 11, 12, 13, 14);
     } else if constexpr (kTiles == 2) {
         DS4SCI_WGMMA_RS(16, "f16.f16", 8, 9, 10, 11, 12, 13, 14);
+    } else if constexpr (kTiles == 3 && kIsBf16<T>) {
+        DS4SCI_WGMMA_RS(24, "bf16.bf16", 12, 13, 14, 15, 16, 17, 18);
+    } else if constexpr (kTiles == 3) {
+        DS4SCI_WGMMA_RS(24, "f16.f16", 12, 13, 14, 15, 16, 17, 18);
     } else if constexpr (kTiles == 4 && kIsBf16<T>) {
         DS4SCI_WGMMA_RS(32, "bf16.bf16", 16, 17, 18, 19, 20, 21, 22);
     } else if constexpr (kTiles == 4) {
         DS4SCI_WGMMA_RS(32, "f16.f16", 16, 17, 18, 19, 20, 21, 22);
+    } else if constexpr (kTiles == 5 && kIsBf16<T>) {
+        DS4SCI_WGMMA_RS(40, "bf16.bf16", 20, 21, 22, 23, 24, 25, 26);
+    } else if constexpr (kTiles == 5) {
+        DS4SCI_WGMMA_RS(40, "f16.f16", 20, 21, 22, 23, 24, 25, 26);
     } else if constexpr (kIsBf16<T>) {
         DS4SCI_WGMMA_RS(64, "bf16.bf16", 32, 33, 34, 35, 36, 37, 38);
     } else {

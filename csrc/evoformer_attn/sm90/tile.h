@@ -56,13 +56,46 @@ struct RowTile {
     }
 };
 
+// V as a second operand, with 8 columns of ones beside it: their products are sums over positions. Up to head dim 32
+// it is one operand, whose second part along n is a tile of ones anywhere further up in shared memory. Products of 72
+// columns would cost the forward at head dim 64 a tenth of its time, so there the ones have products of their own.
+template <int kHeadDim>
+struct ValuesWithOnes {
+    using Rows = RowTile<kHeadDim>;
+    static constexpr bool kOneOperand = kHeadDim <= 32;
+    static constexpr int kOnesBytes = kOneOperand ? 2 * Rows::kGroupBytes : 256;  // 16 rows of ones
+    MatrixOperand values, ones;
+
+    static DS4SCI_DEVICE ValuesWithOnes of(uint32_t tile, uint32_t ones) {
+        if constexpr (kOneOperand) {
+            const MatrixOperand both = MatrixOperand::of(tile, ones - tile, Rows::kGroupBytes, Rows::kSwizzle);
+            return {both, both};
+        } else {
+            return {Rows::over_positions(tile), MatrixOperand::of(ones, 128, 0, 0)};
+        }
+    }
+    DS4SCI_DEVICE ValuesWithOnes plus(uint32_t bytes) const {
+        return {kOneOperand ? values.plus_before_fixed(bytes) : values.plus(bytes), ones};
+    }
+    // acc += p V over 64 positions, and the last 8 columns of acc += the rows' sums of p.
+    template <typename T>
+    DS4SCI_DEVICE void product(float (&acc)[kHeadDim / 8 + 1][4], const uint32_t (&p)[4][4]) const {
+        if constexpr (kOneOperand) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                wgmma_rs<T, true>(acc, p[i], values.plus_before_fixed(i * Rows::kPositionStep));
+        } else {
+            Rows::template product_pb<T>(reinterpret_cast<float (&)[kHeadDim / 8][4]>(acc), p, values);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                wgmma_rs<T, false>(reinterpret_cast<float (&)[1][4]>(acc[kHeadDim / 8]), p[i], ones);
+        }
+    }
+};
+
 // 64 x 8 auxiliary values without swizzle. A product of depth 16 reads the 8 twice; where the first operand comes from
 // registers, its second half is zero.
 DS4SCI_DEVICE MatrixOperand aux_operand(uint32_t tile) { return MatrixOperand::of(tile, 0, 128, 0); }
-
-// 16 x 8 ones as a second operand: two matrices of 8 x 8. One read twice would do, but not for compute-sanitizer.
-constexpr int kOnesBytes = 256;
-DS4SCI_DEVICE MatrixOperand ones_operand(uint32_t ones) { return MatrixOperand::of(ones, 128, 0, 0); }
 
 // First operand of the auxiliary product from this lane's word of each of its two rows: the part that S takes, and the
 // part that dP takes.
@@ -97,9 +130,8 @@ constexpr int kStoredRows = 16;
 
 // Put one warp's 16 x kHeadDim accumulator, times a factor per row, where the copy engine reads it: `fragment` is this
 // lane's address from RowTile::fragment, in a tile that nobody reads any more.
-template <typename T, int kHeadDim>
-DS4SCI_DEVICE void stage_rows(uint32_t fragment, const float (&acc)[kHeadDim / 8][4], float factor_low,
-                              float factor_high) {
+template <typename T, int kHeadDim, int kTiles>
+DS4SCI_DEVICE void stage_rows(uint32_t fragment, const float (&acc)[kTiles][4], float factor_low, float factor_high) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
         uint32_t packed[4];

@@ -103,19 +103,21 @@ using RowBlock = QueryBlock<BlockShape<kHeadDim <= 32 ? 3 : 2>, kHeadDim, kPair,
 
 template <int kHeadDim>
 constexpr int kFwdStages = kHeadDim <= 32 ? 4 : 3;
-// Q, both tiles, and pair_ref.
-template <int kHeadDim, bool kPair>
-constexpr int kFwdOwnBytes = 2 * RowTile<kHeadDim>::kBytes + (kPair ? kSmemAlignment : 0);
-
 template <int kHeadDim, bool kPair>
 struct Sm90FwdTile : RowBlock<kHeadDim, kPair>,
                      SmemLayout<RowBlock<kHeadDim, kPair>, kFwdStages<kHeadDim>,
-                                RowBlock<kHeadDim, kPair>::kStageBytes, 2, kFwdOwnBytes<kHeadDim, kPair>> {
-    static constexpr int kOnesOffset = round_up(Sm90FwdTile::kEnd, 16);  // a product with them is a row's sum
-    static constexpr int kSmemBytes = kOnesOffset + kOnesBytes - kSmemBase;
-    static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
-    static constexpr int kRefsOffset = 2 * RowTile<kHeadDim>::kBytes;
+                                RowBlock<kHeadDim, kPair>::kStageBytes, 2, 2 * RowTile<kHeadDim>::kBytes> {
+    // Behind all tiles of V, whose columns they continue: ones, a product with which is a row's sum.
+    static constexpr int kOnesOffset = round_up(Sm90FwdTile::kEnd, 128);
+    // pair_ref of a warpgroup's queries.
+    static constexpr int kRefsOffset = kOnesOffset + ValuesWithOnes<kHeadDim>::kOnesBytes;
     static constexpr int kRefsBytes = kPair ? 2 * kTileRows * 4 : 0;
+    static DS4SCI_DEVICE uint32_t refs(int warpgroup, int buffer) {
+        return kRefsOffset + (buffer * Sm90FwdTile::kWarpgroups + warpgroup) * kRefsBytes;
+    }
+    static constexpr int kSmemBytes =
+        kRefsOffset + Sm90FwdTile::kOwnBuffers * Sm90FwdTile::kWarpgroups * kRefsBytes - kSmemBase;
+    static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
 };
 
 template <int kHeadDim, bool kPair>
