@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from deepspeed_ds4sci.config import DS4SciConfig, check_combinations, read_block
+from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload
 from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
 from deepspeed_ds4sci.sequence.local_attention import unavailable_reason
 from deepspeed_ds4sci.training import step_flops
@@ -134,6 +136,17 @@ def test_layers_that_are_not_computed_keep_their_gradients_and_pass_on_a_new_ten
     ):
         models.job_of(RUNGS["keep-attention"], [(1, 64)], tiny=True, steps=1, compute_layers=1)
     assert models.counted_config(RUNGS["recompute"], False, 8).num_layers == 8
+
+
+def test_what_layers_that_are_not_computed_start_from_is_kept_until_the_backward_pass():
+    offload = CheckpointOffload()
+    hidden = torch.randn(1, 64, 64, requires_grad=True)  # four pages
+    for _ in range(4):
+        with offload.of(hidden):
+            hidden = checkpoint(worker.stand_in, torch.nn.Linear(4, 4), hidden, None, use_reentrant=False)
+    assert offload.pool.held_bytes == 4 * hidden.nbytes
+    hidden.sum().backward()
+    assert offload.pool.held_bytes == 4 * hidden.nbytes
 
 
 def test_rates_are_per_gpu_and_per_second():

@@ -52,11 +52,13 @@ def job_of(
     compute_layers: int | None,
     steps: int = 2,
     repeat_under: float = math.inf,
+    beside_others: bool = False,
 ) -> dict:
     """What `launch.run_cases` runs.
 
     Args:
         steps: per case, the last is timed. repeat_under: seconds; after a longer step none follows.
+        beside_others: see `worker.HostMemory`.
 
     Raises:
         ValueError: computing fewer layers for a rung that is not ours or keeps attention outputs, which layers that
@@ -78,6 +80,7 @@ def job_of(
         "steps": steps,
         "repeat_under": repeat_under,
         "compute_layers": compute_layers,
+        "beside_others": beside_others,
         "device_mask": rung.device_mask,
         "tricks": list(rung.tricks),
     }

@@ -37,7 +37,7 @@ def main(path: str) -> int:
     deepspeed.init_distributed()
     device = torch.device(get_accelerator().current_device_name())
     began = time.perf_counter()
-    host = HostMemory()
+    host = HostMemory(beside_others=job["beside_others"])
     model, mpu = llama(job, device) if job["kind"] == "alst" else decoder(job, device)
     engine, *_ = deepspeed.initialize(model=model, config=job["ds_config"], mpu=mpu)
     make_states(engine, job, device)
@@ -120,9 +120,13 @@ def out_of_memory(error: Exception) -> bool:
 
 class HostMemory:
     """The most CPU memory in use since this was made: the process's resident memory, or, where that is more, what the
-    machine has less available. Page-locked memory that the driver allocates is missing from the first."""
+    machine has less available. Page-locked memory that the driver allocates is missing from the first.
 
-    def __init__(self, every: float = 0.2):
+    beside_others: other programs run, whose memory is not to be counted; the first alone.
+    """
+
+    def __init__(self, every: float = 0.2, *, beside_others: bool = False):
+        self._beside_others = beside_others
         self._before = self._least = self._available()
         threading.Thread(target=self._watch, args=(every,), daemon=True).start()
 
@@ -136,7 +140,8 @@ class HostMemory:
         return _kibibytes("/proc/meminfo", "MemAvailable:")
 
     def peak_gib(self) -> float:
-        return max(_kibibytes("/proc/self/status", "VmHWM:"), self._before - self._least) / 2**20
+        machine = 0 if self._beside_others else self._before - self._least
+        return max(_kibibytes("/proc/self/status", "VmHWM:"), machine) / 2**20
 
 
 def _kibibytes(path, name):
@@ -190,7 +195,9 @@ def decoder(job, device):
 def stand_in(self, hidden, context):
     """A layer that is not computed: its weights get (zero) gradients and optimizer states, its output is a new tensor
     like any layer's, and what it starts from is kept as a checkpoint like any layer's."""
-    nothing = sum(parameter.flatten()[0] for parameter in self.parameters()) * 0
+    # The square is saved for the backward pass: a layer that saves nothing is not computed again, and torch then drops
+    # what it starts from at once.
+    nothing = sum(parameter.flatten()[0].square() for parameter in self.parameters()) * 0
     return hidden + nothing.to(hidden.dtype)
 
 
