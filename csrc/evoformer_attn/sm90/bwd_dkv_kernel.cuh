@@ -205,7 +205,10 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                     wgmma_complete(dp);
                     wgmma_complete(dk);
                     wgmma_complete(dv);
-                    if (part == 0) mbarrier_arrive_if(finished_stage, q_tile > 0 && lane == 0);
+                    if (part == 0) {
+                        if constexpr (!Tile::kRefsByMatrix) warp_sync();
+                        mbarrier_arrive_if(finished_stage, q_tile > 0 && lane == 0);
+                    }
                     uint32_t packed_ds[2][4];
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
@@ -241,7 +244,6 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                     }
                     wgmma_complete(s[part ^ 1]);
                 }
-                warp_sync();  // one lane signals that all have read the stage
                 finished_stage = ring.empty();
                 ring = next;
             }
@@ -249,6 +251,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
             wgmma_wait<0>();
             wgmma_complete(dk);
             wgmma_complete(dv);
+            if constexpr (!Tile::kRefsByMatrix) warp_sync();
             mbarrier_arrive_if(finished_stage, lane == 0);
             // This warp's part of the tiles of K and V, which only it has read, takes the results.
             stage_rows<T, kHeadDim>(fragment, dk, p.softmax_scale, p.softmax_scale);

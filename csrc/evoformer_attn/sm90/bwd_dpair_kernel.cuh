@@ -93,7 +93,6 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
             // 32 keys at a time: S and dP of 64 would not fit beside the sums.
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
-                if (part == 1) warp_sync();  // one lane signals that all have read the stage
                 const MatrixOperand queries = query_tiles.plus(offset);
                 const MatrixOperand keys = key_tiles.plus(offset + part * Tile::kTileBytes / 2);
                 const MatrixOperand key_aux = aux_tiles.plus(offset + part * kAuxTileBytes / 2);

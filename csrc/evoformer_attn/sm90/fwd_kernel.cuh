@@ -61,8 +61,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
     static_assert(Tile::kOwnBuffers > 1, "a buffer is handed back when the next item's operands are there");
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
     using Values = ValuesWithOnes<kHeadDim>;
-    for (int i = threadIdx.x; i < Values::kOnesBytes / 4; i += Tile::kThreads)
-        sts_u32(Tile::kOnesOffset + i * 4, pack2<T>(1.f, 1.f));
+    Values::template write_ones<T>(Tile::kOnesOffset, threadIdx.x, Tile::kThreads);
     async_proxy_fence();
     Tile::init(smem_base, true);
     if (marked_items_only && p.redo[0] == 0) return;
@@ -101,8 +100,9 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 tma_load(tile, &p.q_map, queries.full(), 0, q0, item.head, at.n, at.b);
                 tma_load(tile + Tile::kTileBytes, &p.q_map, queries.full(), 0, q0 + kTileRows, item.head, at.n, at.b);
                 if (kPair)
-                    bulk_load(Tile::refs(r, queries.stage), pair_row(p, kOnline ? p.pair_max : p.pair_ref, item) + q0,
-                              Tile::kRefsBytes, queries.full());
+                    bulk_load(Tile::refs(tile, r, queries.stage),
+                              pair_row(p, kOnline ? p.pair_max : p.pair_ref, item) + q0, Tile::kRefsBytes,
+                              queries.full());
             }
             queries.advance();
             const int pair_head = p.pair_heads == 1 ? 0 : item.head, pair_group = p.pair_batch == 1 ? 0 : item.group;
@@ -139,21 +139,23 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
 
         for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
             if (skips(index)) continue;
-            // The static softmax's in the last 8 columns: the rows' sums of the terms rounded to T, which the product
-            // with V takes. So a key with all the weight has weight 1 in both passes, although its own term is no
-            // power of two.
-            float o[2][kHeadDim / 8 + (kOnline ? 0 : 1)][4];
+            float o[2][kOnline ? kHeadDim / 8 : Values::kOutputTiles][4];
+            // Of the static softmax: the rows' sums of the terms rounded to T, which the product with V takes. So a
+            // key with all the weight has weight 1 in both passes, although its own term is no power of two.
+            float rounded_sums[2][1][4];
             using Softmax = std::conditional_t<kOnline, OnlineSoftmax, StaticSoftmax<T>>;
             Softmax softmax[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 softmax[half].reset();
                 zero_bias(o[half]);
+                zero_bias(rounded_sums[half]);
             }
             queries.wait_full();
             tma_store_wait_read();
             mbarrier_arrive_if(stored, stored != 0);
-            const uint32_t refs = Tile::refs(warpgroup, queries.stage) + (warp_row + quad) * 4;
+            const uint32_t refs = Tile::refs(Tile::own_tiles(warpgroup, queries.stage), warpgroup, queries.stage) +
+                                  (warp_row + quad) * 4;
             // Of queries quad and quad + 8 of this warp, in either tile.
             float ref[2][2] = {};
             if (kPair) {
@@ -210,15 +212,20 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 if constexpr (kOnline) {
                     Rows::template product_pb<T>(o[half], packed, value_tiles.plus(offset));
                 } else {
-                    values_with_ones.plus(offset).template product<T>(o[half], packed);
+                    values_with_ones.plus(offset).template product<T>(o[half], rounded_sums[half], packed);
                 }
                 wgmma_commit();
+            };
+            auto output_complete = [&](int half) {
+                wgmma_complete(o[half]);
+                if constexpr (!kOnline && !Values::kOneOperand) wgmma_complete(rounded_sums[half]);
             };
             auto normaliser = [&](int half, int i) {
                 if constexpr (kOnline) {
                     return softmax[half].normaliser(i);
                 } else {
-                    const float sum = o[half][kHeadDim / 8][2 * i];
+                    const float sum =
+                        Values::kOneOperand ? o[half][Values::kOutputTiles - 1][2 * i] : rounded_sums[half][0][2 * i];
                     return sum == 0.f ? 0.f : reciprocal_approx(sum);
                 }
             };
@@ -270,7 +277,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                         if (kPair) load_bias(bias, kEarlyBias, 4, half, ring.stage);
                         add_bias(s[half], bias, half, p.k_len - k_tile * kTileRows);
                         wgmma_wait<1>();
-                        wgmma_complete(o[half ^ 1]);
+                        output_complete(half ^ 1);
                         if (half == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
                         start_output(s[half], packed, half, ring.stage);
                         wgmma_wait<1>();
@@ -282,8 +289,8 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             }
             const ItemRecord record = load_record<ItemRecord>(Tile::record(warpgroup, queries.stage));
             wgmma_wait<0>();
-            wgmma_complete(o[0]);
-            wgmma_complete(o[1]);
+            output_complete(0);
+            output_complete(1);
             mbarrier_arrive_if(finished_stage, lane == 0);
             // Its queries are read by all warps of the warpgroup: their tiles take the output.
             named_barrier_sync(1 + warpgroup, 128);
@@ -309,8 +316,9 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 if constexpr (!kOnline) {
                     const bool in_range = high ? mine.in_range(1) : mine.in_range(0);
                     const float total = high ? mine.sum[1] : mine.sum[0];
-                    const bool key_past_end = kPair && p.k_len % kTileRows != 0 &&
-                                              lds_f32(Tile::refs(warpgroup, queries.stage) + q * 4) < kLowestStaticRef;
+                    const bool key_past_end =
+                        kPair && p.k_len % kTileRows != 0 &&
+                        lds_f32(Tile::refs(staged, warpgroup, queries.stage) + q * 4) < kLowestStaticRef;
                     // A sum of 0 is right where the mask keeps no key.
                     if (key_past_end || (!in_range && (total != 0.f || keeps_a_key<Tile>(p, record.index, warpgroup))))
                         p.redo[0] = p.redo[1 + record.index] = 1;

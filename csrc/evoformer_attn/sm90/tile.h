@@ -64,6 +64,8 @@ struct ValuesWithOnes {
     using Rows = RowTile<kHeadDim>;
     static constexpr bool kOneOperand = kHeadDim <= 32;
     static constexpr int kOnesBytes = kOneOperand ? 2 * Rows::kGroupBytes : 256;  // 16 rows of ones
+    // The accumulators: with one operand the sums are the last 8 columns of the output's.
+    static constexpr int kOutputTiles = kHeadDim / 8 + (kOneOperand ? 1 : 0);
     MatrixOperand values, ones;
 
     static DS4SCI_DEVICE ValuesWithOnes of(uint32_t tile, uint32_t ones) {
@@ -74,21 +76,31 @@ struct ValuesWithOnes {
             return {Rows::over_positions(tile), MatrixOperand::of(ones, 128, 0, 0)};
         }
     }
+    // By all threads of a block. Either way would do for both; the order in which ptxas puts the main loop depends on
+    // it, and with that up to 8 % of the time. Each is the one that was timed.
+    template <typename T>
+    static DS4SCI_DEVICE void write_ones(uint32_t address, int thread, int threads) {
+        static_assert(kOneOperand || kOnesBytes / 4 <= 128, "a word for each thread");
+        if constexpr (kOneOperand) {
+            for (int i = thread; i < kOnesBytes / 4; i += threads) sts_u32(address + i * 4, pack2<T>(1.f, 1.f));
+        } else if (static_cast<uint32_t>(thread) < kOnesBytes / 4) {
+            sts_u32(address + thread * 4, pack2<T>(1.f, 1.f));
+        }
+    }
     DS4SCI_DEVICE ValuesWithOnes plus(uint32_t bytes) const {
         return {kOneOperand ? values.plus_before_fixed(bytes) : values.plus(bytes), ones};
     }
-    // acc += p V over 64 positions, and the last 8 columns of acc += the rows' sums of p.
+    // acc += p V over 64 positions, and the rows' sums of p beside it.
     template <typename T>
-    DS4SCI_DEVICE void product(float (&acc)[kHeadDim / 8 + 1][4], const uint32_t (&p)[4][4]) const {
+    DS4SCI_DEVICE void product(float (&acc)[kOutputTiles][4], float (&sums)[1][4], const uint32_t (&p)[4][4]) const {
         if constexpr (kOneOperand) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 wgmma_rs<T, true>(acc, p[i], values.plus_before_fixed(i * Rows::kPositionStep));
         } else {
-            Rows::template product_pb<T>(reinterpret_cast<float (&)[kHeadDim / 8][4]>(acc), p, values);
+            Rows::template product_pb<T>(acc, p, values);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                wgmma_rs<T, false>(reinterpret_cast<float (&)[1][4]>(acc[kHeadDim / 8]), p[i], ones);
+            for (int i = 0; i < 4; ++i) wgmma_rs<T, false>(sums, p[i], ones);
         }
     }
 };

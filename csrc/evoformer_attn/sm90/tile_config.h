@@ -103,20 +103,30 @@ using RowBlock = QueryBlock<BlockShape<kHeadDim <= 32 ? 3 : 2>, kHeadDim, kPair,
 
 template <int kHeadDim>
 constexpr int kFwdStages = kHeadDim <= 32 ? 4 : 3;
+// pair_ref of a warpgroup's queries: behind their tiles where there is room for the alignment of the next ones.
 template <int kHeadDim, bool kPair>
-struct Sm90FwdTile : RowBlock<kHeadDim, kPair>,
-                     SmemLayout<RowBlock<kHeadDim, kPair>, kFwdStages<kHeadDim>,
-                                RowBlock<kHeadDim, kPair>::kStageBytes, 2, 2 * RowTile<kHeadDim>::kBytes> {
+constexpr int kOwnRefsBytes = kPair && kHeadDim == 64 ? kSmemAlignment : 0;
+
+template <int kHeadDim, bool kPair>
+struct Sm90FwdTile
+    : RowBlock<kHeadDim, kPair>,
+      SmemLayout<RowBlock<kHeadDim, kPair>, kFwdStages<kHeadDim>, RowBlock<kHeadDim, kPair>::kStageBytes, 2,
+                 2 * RowTile<kHeadDim>::kBytes + kOwnRefsBytes<kHeadDim, kPair>> {
     // Behind all tiles of V, whose columns they continue: ones, a product with which is a row's sum.
     static constexpr int kOnesOffset = round_up(Sm90FwdTile::kEnd, 128);
-    // pair_ref of a warpgroup's queries.
     static constexpr int kRefsOffset = kOnesOffset + ValuesWithOnes<kHeadDim>::kOnesBytes;
     static constexpr int kRefsBytes = kPair ? 2 * kTileRows * 4 : 0;
-    static DS4SCI_DEVICE uint32_t refs(int warpgroup, int buffer) {
-        return kRefsOffset + (buffer * Sm90FwdTile::kWarpgroups + warpgroup) * kRefsBytes;
+    static constexpr bool kRefsApart = kOwnRefsBytes<kHeadDim, kPair> == 0;
+    // `tiles`: own_tiles() of the same arguments.
+    static DS4SCI_DEVICE uint32_t refs(uint32_t tiles, int warpgroup, int buffer) {
+        if constexpr (kRefsApart) {
+            return kRefsOffset + (buffer * Sm90FwdTile::kWarpgroups + warpgroup) * kRefsBytes;
+        } else {
+            return tiles + 2 * RowTile<kHeadDim>::kBytes;
+        }
     }
     static constexpr int kSmemBytes =
-        kRefsOffset + Sm90FwdTile::kOwnBuffers * Sm90FwdTile::kWarpgroups * kRefsBytes - kSmemBase;
+        kRefsOffset + (kRefsApart ? Sm90FwdTile::kOwnBuffers * Sm90FwdTile::kWarpgroups * kRefsBytes : 0) - kSmemBase;
     static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
 };
 
