@@ -101,14 +101,18 @@ def draw(record: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     panels = (
         ("curves", _draw_losses),
         ("curves", _draw_distances),
         ("longest", _draw_longest),
         ("masks", _draw_masks),
     )
-    for axis, (name, panel) in zip(axes.flat, panels, strict=True):
+    ran = [panel for panel in panels if panel[0] in record["parts"]] or panels[:1]
+    rows = -(-len(ran) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(12, 4 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(ran) :]:
+        axis.set_axis_off()
+    for axis, (name, panel) in zip(axes.flat, ran, strict=False):
         found = record["parts"].get(name)
         if found is None or "error" in found:
             axis.set(title=f"{name}: no result")
