@@ -16,6 +16,11 @@ How long sequences train is a table of every length in some records of `results/
 
     <!-- lengths:h100-steps_65536,h100-steps_131072 -->
     <!-- /lengths -->
+
+What explicit masks cost, of a record of `two_gpus` there:
+
+    <!-- masks:h200-two_gpus -->
+    <!-- /masks -->
 """
 
 import argparse
@@ -26,12 +31,14 @@ from pathlib import Path
 from tests.benchmarks.long_sequence.report import markdown_lengths
 from tests.benchmarks.record import machine_line, read
 from tests.benchmarks.table import cell, implementations, memory_cell
+from tests.benchmarks.two_gpus.report import markdown_masks
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 FILES = [ROOT / "README.md", ROOT / "examples" / "genslm" / "README.md"]
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w.-]+)(?P<options>[^>]*?) -->\n.*?<!-- /bench:(?P=name) -->", re.S)
 LENGTHS = re.compile(r"<!-- lengths:(?P<names>[\w.,-]+) -->\n.*?<!-- /lengths -->", re.S)
+MASKS = re.compile(r"<!-- masks:(?P<name>[\w.-]+) -->\n.*?<!-- /masks -->", re.S)
 OPTIONS = {"show": "time", "columns": "", "shapes": ""}
 
 
@@ -113,7 +120,11 @@ def updated(text: str, results: Path = RESULTS) -> str:
         table = markdown_lengths([json.loads(path.read_text()) for path in paths])
         return f"<!-- lengths:{match['names']} -->\n{table}<!-- /lengths -->"
 
-    return LENGTHS.sub(replace_lengths, BLOCK.sub(replace, text))
+    def replace_masks(match: re.Match) -> str:
+        record = json.loads((results / "long_sequence" / f"{match['name']}.json").read_text())
+        return f"<!-- masks:{match['name']} -->\n{markdown_masks(record)}<!-- /masks -->"
+
+    return MASKS.sub(replace_masks, LENGTHS.sub(replace_lengths, BLOCK.sub(replace, text)))
 
 
 def main() -> int:

@@ -197,6 +197,22 @@ def test_a_table_of_lengths_has_what_was_measured_and_says_which_run(tmp_path):
     assert "| `on`: tiled | 1 x 1,024 | 1.5 |" in lines[3] and "| `on`: tiled | 4 x 1,024 | 1.5 |" in lines[4]
 
 
+def test_table_of_explicit_masks(tmp_path):
+    (tmp_path / "long_sequence").mkdir()
+    cost = {"seconds": 0.0015, "peak_bytes": 2**21}
+    none = {"seconds": None, "peak_bytes": None}
+    rows = [
+        {"seq_len": 4096, "way": "here", "chosen": False, "build": cost, "step": cost},
+        {"seq_len": 4096, "way": "there", "chosen": True, "build": {**cost, "seconds": 1.5}, "step": none},
+    ]
+    about = dict.fromkeys(("device", "driver", "cuda", "torch", "commit", "date"), "x") | {"command": "run it"}
+    made = {"machine": about, "parts": {"masks": {"model": "small", "threshold": 2048, "rows": rows}}}
+    (tmp_path / "long_sequence" / "m.json").write_text(json.dumps(made))
+    lines = tables.updated("<!-- masks:m -->\nold\n<!-- /masks -->\n", tmp_path).splitlines()
+    assert lines[3] == "| 4,096 | 1.5, 2 / 1.5, 2 | **1,500, 2 / out of memory** |"
+    assert lines[5] == "small; threshold 2,048 tokens\\" and "run it" in lines[6] and "old" not in lines
+
+
 def test_every_committed_record_can_be_read():
     for path in sorted(tables.RESULTS.glob("*.json")):
         assert table.render(record.read(path)), path

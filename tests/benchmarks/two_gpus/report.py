@@ -83,6 +83,33 @@ def _masks(found):
         yield f"{row['seq_len']:8d} {way:24} {' '.join(cells)}"
 
 
+def markdown_masks(record: dict) -> str:
+    """For a README: a line per length, what the factory of explicit masks does at it and what else could be done."""
+    found = record["parts"]["masks"]
+    ways = dict.fromkeys(row["way"] for row in found["rows"])
+    figures = {(row["seq_len"], row["way"]): row for row in found["rows"]}
+    rows = ["| tokens (build / step: ms, device MiB) | " + " | ".join(ways) + " |", "|---" * (1 + len(ways)) + "|"]
+    for length in dict.fromkeys(row["seq_len"] for row in found["rows"]):
+        cells = []
+        for way in ways:
+            row = figures[length, way]
+            text = " / ".join(
+                "out of memory"
+                if row[part]["seconds"] is None
+                else f"{_figure(row[part]['seconds'] * 1e3)}, {_figure(row[part]['peak_bytes'] / _MIB)}"
+                for part in ("build", "step")
+            )
+            cells.append(f"**{text}**" if row["chosen"] else text)
+        rows.append(f"| {length:,} | " + " | ".join(cells) + " |")
+    about = record["machine"]
+    where = f"{found['model']}; threshold {found['threshold']:,} tokens"
+    return "\n".join([*rows, "", f"{where}\\\n{machine_line(about)} | `{about['command']}`", ""])
+
+
+def _figure(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _cell(value, scale):
     return f"{'-':>10}" if value is None else f"{value * scale:10.2f}"
 
