@@ -35,8 +35,8 @@ DS4SCI_DEVICE float2 load_pair(const T* source) {
     }
 }
 
-// Multiply one warp's 16 x kHeadDim accumulator by the sigmoid of `gate`, which is row 0 of the 16, of which
-// `valid_rows` exist.
+// Multiply the first kHeadDim columns of one warp's accumulator of 16 rows by the sigmoid of `gate`, which is row 0 of
+// the 16, of which `valid_rows` exist.
 template <typename T, int kHeadDim, int kTiles>
 DS4SCI_DEVICE void apply_gate(float (&acc)[kTiles][4], const T* gate, int64_t stride, int valid_rows, int head_dim,
                               int lane) {

@@ -9,7 +9,7 @@
 Each rung is one DeepSpeed JSON (`--show` prints them) in processes of its own. The most valuable rungs come first, and
 the record is written after each, so a run that is cut off has them. The model is our 2.5B decoder (hidden 3840, 28
 layers, 32 heads); DeepSpeed's own path runs on a Llama of the same size. Host memory is the largest drop of what the
-machine has available, so nothing else should run there, or `--beside-others` be given.
+machine has available, so nothing else should run there; with `--beside-others` it is the process's own.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--limit", type=int, default=2**23, help="no longer length is tried")
     add("--steps", type=int, default=2, help="per length; the last is timed")
     add("--repeat-under", type=float, help="a step of more seconds is timed as it is; default: by --probe-seconds")
-    add("--beside-others", action="store_true", help="count the process's own memory: other programs run here")
+    add("--beside-others", action="store_true", help="count the process's resident memory: other programs run here")
     add("--json", type=Path, help="where the record goes")
     add("--plot", type=Path, help="where the picture goes")
     add("--show", action="store_true", help="print the rungs' DeepSpeed configs and stop")
@@ -157,6 +157,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("no GPU was found; --tiny rehearses on CPU ranks")
     try:
         options.rungs = chosen_rungs(options.rungs, gpus)
+        if options.beside_others and any(rung.gpus > 1 for rung in options.rungs):
+            raise ValueError("--beside-others counts one process; the rungs have some on several GPUs")
         if options.compute_layers is not None:
             for rung in options.rungs:
                 job_of(rung, [(1, 1024)], tiny=options.tiny, compute_layers=options.compute_layers)

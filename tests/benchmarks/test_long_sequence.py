@@ -141,12 +141,18 @@ def test_layers_that_are_not_computed_keep_their_gradients_and_pass_on_a_new_ten
 def test_what_layers_that_are_not_computed_start_from_is_kept_until_the_backward_pass():
     offload = CheckpointOffload()
     hidden = torch.randn(1, 64, 64, requires_grad=True)  # four pages
+    free = []  # slots, whenever a layer is computed
+
+    def layer(hidden):
+        free.append(len(offload.pool._free))
+        return worker.stand_in(torch.nn.Linear(4, 4), hidden, None)
+
     for _ in range(4):
         with offload.of(hidden):
-            hidden = checkpoint(worker.stand_in, torch.nn.Linear(4, 4), hidden, None, use_reentrant=False)
-    assert offload.pool.held_bytes == 4 * hidden.nbytes
+            hidden = checkpoint(layer, hidden, use_reentrant=False)
+    assert offload.pool.held_bytes == 4 * hidden.nbytes and free == [0, 0, 0, 0]
     hidden.sum().backward()
-    assert offload.pool.held_bytes == 4 * hidden.nbytes
+    assert free[4:] == [0, 1, 2, 3] and len(offload.pool._free) == 4
 
 
 def test_rates_are_per_gpu_and_per_second():

@@ -206,6 +206,8 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                     wgmma_complete(dk);
                     wgmma_complete(dv);
                     if (part == 0) {
+                        // One lane signals for its warp. By the letter of the memory model the others' ordinary reads
+                        // need this; it becomes no instruction.
                         if constexpr (!Tile::kRefsByMatrix) warp_sync();
                         mbarrier_arrive_if(finished_stage, q_tile > 0 && lane == 0);
                     }

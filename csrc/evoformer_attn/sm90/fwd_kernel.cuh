@@ -14,7 +14,7 @@
 
 namespace ds4sci {
 
-// The softmax state of one warp's 16 rows without a running maximum; interface of OnlineSoftmax.
+// The softmax state of one warp's 16 rows without a running maximum, in place of OnlineSoftmax.
 template <typename T>
 struct StaticSoftmax {
     // Row sums of the terms, for lse: this lane's share of rows quad, quad + 8.

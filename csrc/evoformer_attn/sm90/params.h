@@ -35,8 +35,8 @@ struct Sm90Params : KernelParams {
     // What is written, 16 positions at a time.
     CUtensorMap o_map, dq_map, dk_map, dv_map;
     float* pair_ref;  // pair_max * kBiasLog2E, which the exponentials subtract; same layout
-    // Backward: the same, of every eight queries those with even numbers first: with four lanes to a row of results,
-    // each of two queries, ldmatrix gives a lane its two.
+    // Backward up to head dim 32: the same, of every eight queries those with even numbers first: with four lanes to a
+    // row of results, each of two queries, ldmatrix gives a lane its two.
     float* pair_ref_columns;
     uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]
@@ -57,7 +57,7 @@ struct Sm90Params : KernelParams {
     }
 };
 
-// One of the row vectors of the pair bias, pair_max or pair_ref, of a work item.
+// One of the row vectors of the pair bias, pair_max, pair_ref or pair_ref_columns, of a work item.
 DS4SCI_DEVICE const float* pair_row(const Sm90Params& p, const float* vectors, const WorkItem& item) {
     return vectors + (pair_max_of(p, item.group, item.head) - p.pair_max);
 }

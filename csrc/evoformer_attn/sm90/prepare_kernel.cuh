@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One launch before the Hopper kernels, in the manner of ../prepare_kernel.cuh. Its blocks do one of four small
 // things:
-//   pair rows   pair_max  = row max of the pair bias, pair_ref
+//   pair rows   pair_max  = row max of the pair bias, pair_ref, pair_ref_columns
 //   key rows    key_aux   = key side of the auxiliary product (params.h), row_kept
 //   vectors     query_aux = its query side                                              (backward)
 //   marks       redo      = 0                                                           (forward)

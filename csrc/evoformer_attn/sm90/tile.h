@@ -80,7 +80,7 @@ struct ValuesWithOnes {
     // it, and with that up to 8 % of the time. Each is the one that was timed.
     template <typename T>
     static DS4SCI_DEVICE void write_ones(uint32_t address, int thread, int threads) {
-        static_assert(kOneOperand || kOnesBytes / 4 <= 128, "a word for each thread");
+        static_assert(kOneOperand || kOnesBytes / 4 <= 256, "no more words than a block has threads");
         if constexpr (kOneOperand) {
             for (int i = thread; i < kOnesBytes / 4; i += threads) sts_u32(address + i * 4, pack2<T>(1.f, 1.f));
         } else if (static_cast<uint32_t>(thread) < kOnesBytes / 4) {
@@ -140,8 +140,8 @@ DS4SCI_DEVICE void pack_operand(uint32_t (&packed)[4], const float (&low)[4], co
 // Positions that one warp holds the results of and hands to the copy engine at once.
 constexpr int kStoredRows = 16;
 
-// Put one warp's 16 x kHeadDim accumulator, times a factor per row, where the copy engine reads it: `fragment` is this
-// lane's address from RowTile::fragment, in a tile that nobody reads any more.
+// Put the first kHeadDim columns of one warp's accumulator of 16 rows, times a factor per row, where the copy engine
+// reads it: `fragment` is this lane's address from RowTile::fragment, in a tile that nobody reads any more.
 template <typename T, int kHeadDim, int kTiles>
 DS4SCI_DEVICE void stage_rows(uint32_t fragment, const float (&acc)[kTiles][4], float factor_low, float factor_high) {
 #pragma unroll

@@ -103,7 +103,8 @@ using RowBlock = QueryBlock<BlockShape<kHeadDim <= 32 ? 3 : 2>, kHeadDim, kPair,
 
 template <int kHeadDim>
 constexpr int kFwdStages = kHeadDim <= 32 ? 4 : 3;
-// pair_ref of a warpgroup's queries: behind their tiles where there is room for the alignment of the next ones.
+// pair_ref of a warpgroup's queries: at head dim 64 behind their tiles, with what aligns the next ones, as it was
+// timed; else there is no room for that, and it lies behind the ones.
 template <int kHeadDim, bool kPair>
 constexpr int kOwnRefsBytes = kPair && kHeadDim == 64 ? kSmemAlignment : 0;
 
@@ -128,6 +129,7 @@ struct Sm90FwdTile
     static constexpr int kSmemBytes =
         kRefsOffset + (kRefsApart ? Sm90FwdTile::kOwnBuffers * Sm90FwdTile::kWarpgroups * kRefsBytes : 0) - kSmemBase;
     static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
+    static_assert(kSmemBase + kSmemBytes <= 1 << 18, "an operand holds 14 bits of 16-byte units of an address");
 };
 
 template <int kHeadDim, bool kPair>
@@ -176,10 +178,9 @@ struct Sm90BwdDkvTile
     : KeyStage<kHeadDim, kPair>,
       SmemLayout<KeyBlock<kHeadDim>, KeyStage<kHeadDim, kPair>::kStages, KeyStage<kHeadDim, kPair>::kStageBytes, 2,
                  2 * RowTile<kHeadDim>::kBytes + kAuxTileBytes> {
-    // K, V, the key side of the auxiliary product.
-    // Row references by ldmatrix: fewer instructions, but four times the reads of shared memory, of which two
-    // warpgroups have less to spare.
+    // Row references by ldmatrix: fewer instructions, but more reads of shared memory; slower with two warpgroups.
     static constexpr bool kRefsByMatrix = kHeadDim <= 32;
+    // K, V, the key side of the auxiliary product.
     static constexpr int kOwnAuxOffset = 2 * RowTile<kHeadDim>::kBytes, kOwnBytes = kOwnAuxOffset + kAuxTileBytes;
 };
 

@@ -122,7 +122,7 @@ class HostMemory:
     """The most CPU memory in use since this was made: the process's resident memory, or, where that is more, what the
     machine has less available. Page-locked memory that the driver allocates is missing from the first.
 
-    beside_others: other programs run, whose memory is not to be counted; the first alone.
+    beside_others: other programs run, whose memory is not to be counted: the resident memory alone, a lower bound.
     """
 
     def __init__(self, every: float = 0.2, *, beside_others: bool = False):

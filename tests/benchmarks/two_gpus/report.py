@@ -92,7 +92,10 @@ def markdown_masks(record: dict) -> str:
     for length in dict.fromkeys(row["seq_len"] for row in found["rows"]):
         cells = []
         for way in ways:
-            row = figures[length, way]
+            row = figures.get((length, way))
+            if row is None:  # the run was cut off
+                cells.append("-")
+                continue
             text = " / ".join(
                 "out of memory"
                 if row[part]["seconds"] is None
