@@ -132,6 +132,13 @@ def _ladder() -> list[Rung]:
             offload_optimizer=True,
         ),
         Rung(
+            "keep-attention-checkpoints",
+            "flash",
+            "attention outputs kept, checkpoints in CPU memory, optimizer on the GPU",
+            131072,
+            fused | kept_to_host,
+        ),
+        Rung(
             "recompute-offload",
             "flash",
             "plain activation checkpointing, optimizer offload",
@@ -184,7 +191,13 @@ RUNGS: dict[str, Rung] = {rung.name: rung for rung in _ladder()}
 
 # What is worth most comes first: a run that is cut off has it.
 BY_VALUE = (
-    *("host-optimizer", "keep-attention-host", "keep-attention-offload", "recompute-offload"),
+    *(
+        "host-optimizer",
+        "keep-attention-checkpoints",
+        "keep-attention-host",
+        "keep-attention-offload",
+        "recompute-offload",
+    ),
     *("alst-host-optimizer", "alst-tiled-offload"),
     *("recompute", "flash", "mask-cpu", "mask-baseline", "tiling", "host-checkpoints", "math", "keep-attention"),
     *("alst-recompute", "alst-sdpa", "alst-tiled", "alst-host-checkpoints"),
