@@ -32,7 +32,7 @@ Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_
         const int64_t pair_rows = static_cast<int64_t>(p.pair_batch) * p.pair_heads * p.q_len_padded;
         p.pair_max = cursor.take<float>(pair_rows);
         p.pair_ref = cursor.take<float>(pair_rows);
-        if (backward && p.head_dim <= 32) p.pair_ref_columns = cursor.take<float>(pair_rows);
+        if (backward && p.head_dim <= kColumnRefsHeadDim) p.pair_ref_columns = cursor.take<float>(pair_rows);
     }
     if (backward) {
         const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;

@@ -12,7 +12,6 @@ as our decoder's are. TFLOP/s counts the products that a causal mask leaves: 2 p
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import torch
 
 from deepspeed_ds4sci.sequence.local_attention import IMPLEMENTATIONS, local_attention, unavailable_reason
 from deepspeed_ds4sci.sequence.scores import ScoreRules
+from tests.benchmarks.long_sequence.report import write
 from tests.benchmarks.record import machine, machine_line
 from tests.benchmarks.timing import clock_for
 
@@ -120,8 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         print(figures(found), flush=True)
         record["rows"].append({**case, **found})
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
+            write(options.json, record)
     return 0
 
 

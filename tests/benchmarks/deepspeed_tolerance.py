@@ -10,18 +10,21 @@ project's op, DeepSpeed's own kernels (`prepare_peers library`), and the exact r
 """
 
 import argparse
-import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tests.benchmarks.case import DTYPES
+from tests.benchmarks.long_sequence.report import write
 from tests.benchmarks.peers.deepspeed import DEEPSPEED, has_library, own_attention
 from tests.benchmarks.record import machine, machine_line
 from tests.benchmarks.table import aligned
+from tests.helpers.inputs import AttentionInputs
+from tests.helpers.numerics import Results, fp64_reference, run
 
 SHAPES = ((1, 256, 256, 4, 32), (1, 512, 256, 8, 8))
 """[B, N, L, H, D] of the test."""
@@ -30,52 +33,40 @@ LIMITS = {"fp16": 1e-2, "bf16": 5e-2}
 NAMES = ("o", "dq", "dk", "dv", "dpair_bias")
 
 
-def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Leaves q, k, v, pair_bias; the mask bias, every second key or so at -1e9 (fp16: -inf); the output's gradient."""
+def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AttentionInputs:
+    """As the test does; every second key or so of a row has a mask bias of -1e9 (fp16: -inf)."""
     batch, rows, length, heads, _ = shape
     where = {"dtype": dtype, "device": device}
-    leaves = [torch.randn(shape, **where) for _ in range(3)] + [torch.randn(batch, 1, heads, length, length, **where)]
+    q, k, v = (torch.randn(shape, **where).requires_grad_() for _ in range(3))
+    pair = torch.randn(batch, 1, heads, length, length, **where).requires_grad_()
     mask = 1e9 * (torch.randint(0, 2, (batch, rows, 1, 1, length), **where) - 1)
-    return leaves, mask, torch.rand(shape, **where)
+    return AttentionInputs(q, k, v, mask, pair, None, torch.rand(shape, **where))
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, biases: list[Tensor]) -> Tensor:
-    """One operation of PyTorch after the other, all in the dtype of the inputs."""
+def eager(q: Tensor, k: Tensor, v: Tensor, *, mask_bias: Tensor, pair_bias: Tensor) -> Tensor:
+    """The test's reference in its order: it scales logits, where `numerics.eager_evoformer_attention` scales q."""
     q, k, v = (x.transpose(2, 3) for x in (q, k, v))
-    logits = q @ k.mT * q.shape[-1] ** -0.5
-    for bias in biases:
-        logits = logits + bias
+    logits = q @ k.mT * q.shape[-1] ** -0.5 + mask_bias + pair_bias
     return (logits.softmax(-1) @ v).transpose(2, 3)
 
 
-def results(function, leaves: list[Tensor], mask: Tensor, d_o: Tensor) -> list[Tensor]:
-    """Output and gradients, in the order of NAMES."""
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    output = function(*leaves[:3], [mask, leaves[3]])
-    return [output.detach(), *torch.autograd.grad(output, leaves, d_o)]
-
-
-def exact(leaves: list[Tensor], mask: Tensor, d_o: Tensor, rows_at_once: int = 64) -> list[Tensor]:
+def exact(inputs: AttentionInputs) -> Results:
     """fp64, rounded once at the end."""
-    q, k, v, pair = (leaf.double() for leaf in leaves)
-    parts = []
-    for first in range(0, q.shape[1], rows_at_once):
-        rows = slice(first, first + rows_at_once)
-        parts.append(
-            results(eager, [q[:, rows], k[:, rows], v[:, rows], pair], mask[:, rows].double(), d_o[:, rows].double())
-        )
-    by_row = [torch.cat([part[i] for part in parts], dim=1) for i in range(4)]
-    return [x.to(d_o.dtype) for x in (*by_row, sum(part[4] for part in parts))]
+    found = fp64_reference(inputs)
+    return Results({name: tensor.to(inputs.q.dtype) for name, tensor in found.tensors.items()})
 
 
-def contestants(dtype: str, device: torch.device) -> dict:
-    """Name -> function of leaves, mask and gradient."""
+def contestants(dtype: str, device: torch.device) -> dict[str, Callable[[AttentionInputs], Results]]:
     from deepspeed_ds4sci import DS4Sci_EvoformerAttention
 
-    found = {"exact": exact, "ours": lambda *inputs: results(DS4Sci_EvoformerAttention, *inputs)}
+    def of(attention):  # with DeepSpeed's signature
+        return lambda inputs: run(
+            lambda q, k, v, *, mask_bias, pair_bias: attention(q, k, v, [mask_bias, pair_bias]), inputs
+        )
+
+    found = {"exact": exact, "ours": of(DS4Sci_EvoformerAttention)}
     if DEEPSPEED.unavailable_reason(device.type) is None and has_library(dtype):
-        wrapper = own_attention(dtype)
-        found["deepspeed"] = lambda *inputs: results(wrapper, *inputs)
+        found["deepspeed"] = of(own_attention(dtype))
     return found
 
 
@@ -86,13 +77,15 @@ def measure(shape, dtype: str, seeds: int, device: torch.device) -> list[dict]:
     for seed in range(seeds):
         torch.manual_seed(seed)
         inputs = draw(shape, DTYPES[dtype], device)
-        expected = results(eager, *inputs)
+        expected = run(eager, inputs)
         for name, function in functions.items():
-            line, passes = lines[name], True
-            for what, got, want in zip(NAMES, function(*inputs), expected, strict=True):
-                difference = (got - want).abs().max().item()  # in the dtype of the inputs, as the test has it
+            line, passes, found = lines[name], True, function(inputs)
+            for what in NAMES:
+                # In the dtype of the inputs, as the test has it.
+                difference = (found[what] - expected[what]).abs().max().item()
                 worst = line["worst"][what]
-                line["worst"][what] = difference if math.isnan(difference) else max(difference, worst)  # nan stays
+                if not (math.isnan(worst) or difference <= worst):  # a NaN stays
+                    line["worst"][what] = difference
                 if not difference < LIMITS[dtype] * (2 if what == "dpair_bias" else 1):
                     passes = False
                     line["failed"][what] = line["failed"].get(what, 0) + 1
@@ -131,8 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = {"machine": machine(device, arguments, "tests.benchmarks.deepspeed_tolerance"), "lines": lines}
     print(f"{machine_line(record['machine'])}\n{table(record)}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write(options.json, record)
     return 0
 
 

@@ -189,9 +189,9 @@ def test_session_goes_on_after_a_failure_and_counts_it(tmp_path):
 def test_deepspeeds_tolerance_passes_what_is_right_and_names_what_is_not(monkeypatch, capsys, tmp_path):
     """The judge itself: our op and the exact result pass at a size where roundings are small; a wrong dk is named."""
 
-    def with_wrong_dk(*inputs):
-        found = deepspeed_tolerance.exact(*inputs)
-        found[2][0, 0, 0, 0, 0] += 1
+    def with_wrong_dk(inputs):
+        found = deepspeed_tolerance.exact(inputs)
+        found["dk"][0, 0, 0, 0, 0] += 1
         return found
 
     real = deepspeed_tolerance.contestants

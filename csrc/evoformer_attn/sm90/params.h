@@ -29,14 +29,17 @@ constexpr float kBiasLog2E<fp16> = 5909.f / 4096.f;
 // pair_ref may not overflow: a row whose every bias is below about -2e38 has zero gradients.
 constexpr float kLowestRef = -3e38f;
 
+// Up to this head dim dK/dV reads pair_ref_columns, by ldmatrix; above it pair_ref.
+constexpr int kColumnRefsHeadDim = 32;
+
 struct Sm90Params : KernelParams {
     // [D, L, H, N, B] in tiles of 64 positions; the pair bias [Lk, Lq, H, B] in tiles of 64 x 64.
     CUtensorMap q_map, k_map, v_map, d_o_map, pair_map;
     // What is written, 16 positions at a time.
     CUtensorMap o_map, dq_map, dk_map, dv_map;
     float* pair_ref;  // pair_max * kBiasLog2E, which the exponentials subtract; same layout
-    // Backward up to head dim 32: the same, of every eight queries those with even numbers first: with four lanes to a
-    // row of results, each of two queries, ldmatrix gives a lane its two.
+    // Backward up to kColumnRefsHeadDim: the same, of every eight queries those with even numbers first: with four
+    // lanes to a row of results, each of two queries, ldmatrix gives a lane its two.
     float* pair_ref_columns;
     uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]

@@ -179,7 +179,7 @@ struct Sm90BwdDkvTile
       SmemLayout<KeyBlock<kHeadDim>, KeyStage<kHeadDim, kPair>::kStages, KeyStage<kHeadDim, kPair>::kStageBytes, 2,
                  2 * RowTile<kHeadDim>::kBytes + kAuxTileBytes> {
     // Row references by ldmatrix: fewer instructions, but more reads of shared memory; slower with two warpgroups.
-    static constexpr bool kRefsByMatrix = kHeadDim <= 32;
+    static constexpr bool kRefsByMatrix = kHeadDim <= kColumnRefsHeadDim;
     // K, V, the key side of the auxiliary product.
     static constexpr int kOwnAuxOffset = 2 * RowTile<kHeadDim>::kBytes, kOwnBytes = kOwnAuxOffset + kAuxTileBytes;
 };
