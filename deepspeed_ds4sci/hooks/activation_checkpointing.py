@@ -98,7 +98,8 @@ def _run(forward, state, keep_attention, offload, *args, **kwargs):
     if keep_attention and contexts[0].count == 0:
         raise NotImplementedError(
             'ds4sci.activation_checkpointing.kind = "keep_attention" met no attention whose output it can keep in '
-            f"{getattr(forward, '__qualname__', forward)}: it knows PyTorch's fused kernels and the tiled and "
-            'ring attention of this package; choose another ds4sci.attention.implementation, or kind "full"'
+            f"{getattr(forward, '__qualname__', forward)}: it knows PyTorch's fused kernels, the tiled and "
+            'ring attention of this package and "flash_attn_4"; choose another ds4sci.attention.implementation, or '
+            'kind "full"'
         )
     return output

@@ -8,9 +8,11 @@
 | flash, cudnn | torch SDPA with that backend (flash is FlashAttention-2) | causal only |
 | flex | torch flex_attention, compiled on a GPU; no backward on the CPU | all but float masks and dropout |
 | flash_attn | the flash_attn package, v1 or v2 interface | causal; v2 also window and ALiBi |
+| flash_attn_4 | the flash-attn-4 package, on Hopper and Blackwell in 16 bits | causal, window |
 
 A named implementation is honoured or refused with the reason; "auto" picks SDPA for plain or causal attention without
-dropout and "tiled" for the rest.
+dropout and "tiled" for the rest. It never picks flash_attn_4, which is faster than torch's own on Hopper: the package
+is a beta, functions of it are called that may change, and it compiles for seconds at first use. A config names it.
 """
 
 import importlib
@@ -20,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deepspeed_ds4sci.sequence import flash_attn_4
 from deepspeed_ds4sci.sequence.blocks import BlockKernel
 from deepspeed_ds4sci.sequence.kept import keeps_flash_attn
 from deepspeed_ds4sci.sequence.ring import ring_attention
 from deepspeed_ds4sci.sequence.scores import ScoreRules
 
-IMPLEMENTATIONS = ("auto", "tiled", "math", "efficient", "flash", "cudnn", "flex", "flash_attn")
+IMPLEMENTATIONS = ("auto", "tiled", "math", "efficient", "flash", "cudnn", "flex", "flash_attn", "flash_attn_4")
 
 _SDPA_BACKENDS = {
     "math": SDPBackend.MATH,
@@ -47,6 +50,7 @@ def unsupported_reason(implementation: str, rules: ScoreRules) -> str | None:
         "cudnn": {"causal"},
         "flex": needs - {"float mask", "dropout"},
         "flash_attn": {"causal", "window", "alibi"} if _flash_attn_v2() else {"causal"},
+        "flash_attn_4": flash_attn_4.FEATURES,
     }[implementation]
     refused = sorted(needs - accepted)
     if refused:
@@ -56,6 +60,8 @@ def unsupported_reason(implementation: str, rules: ScoreRules) -> str | None:
 
 def unavailable_reason(implementation: str, device_type: str) -> str | None:
     """Why an implementation cannot train on this kind of device ("cpu", "cuda"); None: it can."""
+    if implementation == "flash_attn_4":
+        return flash_attn_4.unavailable_reason(device_type)
     if implementation == "flash_attn" and not _flash_attn():
         return 'the package flash_attn cannot be imported; "flash" is FlashAttention-2 as torch ships it'
     if device_type == "cpu" and implementation in ("efficient", "cudnn", "flash_attn"):
@@ -95,7 +101,7 @@ def local_attention(q, k, v, rules: ScoreRules, implementation: str = "auto") ->
         return ring_attention(q, k, v, rules, [((0, q.shape[1]),)], None, BlockKernel(fused=False))
     head_dim = q.shape[-1]
     q, k, v = (F.pad(x, (0, -head_dim % 8)) if head_dim % 8 else x for x in (q, k, v))
-    run = {"flex": _flex, "flash_attn": _flash_attn_package}.get(implementation, _sdpa)
+    run = {"flex": _flex, "flash_attn": _flash_attn_package, "flash_attn_4": _flash_attn_4}.get(implementation, _sdpa)
     return run(q, k, v, rules, implementation)[..., :head_dim]
 
 
@@ -240,3 +246,7 @@ def _flash_attn_package(q, k, v, rules, _):
         causal=causal,
     )
     return output.unflatten(0, (batch, seq_len))
+
+
+def _flash_attn_4(q, k, v, rules, _):
+    return flash_attn_4.attention(q, k, v, rules)

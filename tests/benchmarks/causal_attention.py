@@ -78,7 +78,7 @@ def measure(case: dict, device: torch.device, dtype: torch.dtype, ms: float) -> 
 
 
 def label(case: dict) -> str:
-    return f"{case['seq_len']:>8,} {case['heads']:>3} x {case['head_dim']:<4} {case['implementation']:<11}"
+    return f"{case['seq_len']:>8,} {case['heads']:>3} x {case['head_dim']:<4} {case['implementation']:<12}"
 
 
 def figures(found: dict) -> str:

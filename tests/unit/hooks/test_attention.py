@@ -83,6 +83,7 @@ def test_evaluation_gives_the_logits_of_the_model():
         ({"implementation": "efficient"}, '"efficient" needs a CUDA GPU'),
         ({"implementation": "flex"}, '"flex" has no backward pass on the CPU'),
         ({"implementation": "flash_attn"}, "the package flash_attn cannot be imported"),
+        ({"implementation": "flash_attn_4"}, "the package flash-attn-4, which cannot be imported"),
         ({"implementation": "flash", "sliding_window": 3}, '"flash" does not support window; "tiled" does'),
     ],
 )
