@@ -105,6 +105,8 @@ def _checkpointing(config):
     yield f"{every} {part}."
     if block.cpu_offload:
         yield "What layers start from waits in CPU memory and comes back one layer ahead of the backward pass."
+    if block.cpu_offload_attention:
+        yield "What attention returns waits in CPU memory and comes back one layer ahead of the backward pass."
 
 
 def _settings(block, path):

@@ -186,8 +186,10 @@ class ActivationCheckpointingConfig(_Block):
 
     cpu_offload: bool = False
     """Keep what the checkpointed layers start from in CPU memory, page-locked where there is a GPU: in bytes, per
-    rank, 2 (bf16) x tokens of the rank x hidden size x checkpointed layers. What `keep_attention` keeps stays on the
-    device."""
+    rank, 2 (bf16) x tokens of the rank x hidden size x checkpointed layers."""
+
+    cpu_offload_attention: bool = False
+    """With `keep_attention`: keep what attention returned in CPU memory, as many bytes as `cpu_offload` takes."""
 
     def enabled(self) -> bool:
         return self.kind != "none"
@@ -196,6 +198,8 @@ class ActivationCheckpointingConfig(_Block):
     def _settings_have_an_effect(self):
         if self.kind == "none" and (self.every_n_layers != 1 or self.cpu_offload):
             raise ValueError('every_n_layers and cpu_offload have no effect with kind "none"')
+        if self.cpu_offload_attention and self.kind != "keep_attention":
+            raise ValueError(f'cpu_offload_attention needs kind "keep_attention", got {self.kind!r}')
         return self
 
 

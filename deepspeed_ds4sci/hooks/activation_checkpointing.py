@@ -35,13 +35,18 @@ class ActivationCheckpointingHook:
         else:
             targets = [(layer, "forward") for layer in chosen]
         offload = context.extras[self.name] = CheckpointOffload() if block.cpu_offload else None
+        # Apart from what layers start from: each comes back one layer ahead.
+        attention_offload = CheckpointOffload() if block.cpu_offload_attention else None
+        keep = functools.partial(_contexts, block.kind == "keep_attention", attention_offload)
         for module, name in targets:
             forward = getattr(module, name)
-            recomputed = _recomputed(forward, context.sequence, block.kind == "keep_attention", offload)
+            recomputed = _recomputed(forward, context.sequence, keep, offload)
             context.handles.append(replace_attribute(module, name, recomputed))
         if "use_cache" in inspect.signature(model.forward).parameters:
             context.handles.append(model.register_forward_pre_hook(_without_cache, with_kwargs=True))
-        where = "; what they start from waits in CPU memory" if block.cpu_offload else ""
+        waiting = {"what they start from": block.cpu_offload, "what attention returned": block.cpu_offload_attention}
+        waiting = " and ".join(what for what, waits in waiting.items() if waits)
+        where = f"; {waiting} waits in CPU memory" if waiting else ""
         return Change(
             len(targets),
             f"{_PARTS[block.kind]} are recomputed in the backward pass: {len(targets)} of every "
@@ -73,14 +78,21 @@ def _without_cache(model, args, kwargs):
     return args, {**kwargs, "use_cache": False}
 
 
-def _recomputed(forward, state, keep_attention, offload):
+def _contexts(keep_attention, offload):
+    """Of one checkpointed call; see `keeping_contexts`."""
+    if not keep_attention:
+        return noop_context_fn()
+    return keeping_contexts(None if offload is None else offload.leave)
+
+
+def _recomputed(forward, state, keep, offload):
     """`forward` of a module under torch's checkpointing, with the batch of its own forward pass while it is computed
     again. A copy of the module gets one of its own: no closure, which would go on with the original's weights."""
-    run = functools.partial(_run, forward, state, keep_attention, offload)
+    run = functools.partial(_run, forward, state, keep, offload)
     return functools.update_wrapper(run, forward)
 
 
-def _run(forward, state, keep_attention, offload, *args, **kwargs):
+def _run(forward, state, keep, offload, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     batch = None if state is None else state.batch
@@ -92,10 +104,10 @@ def _run(forward, state, keep_attention, offload, *args, **kwargs):
 
     # Layers are called with what they start from first; some models name it.
     hidden, *args = args or (kwargs.pop("hidden_states"),)
-    contexts = keeping_contexts() if keep_attention else noop_context_fn()
+    contexts = keep()
     with contextlib.nullcontext() if offload is None else offload.of(hidden):
         output = checkpoint(run, hidden, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
-    if keep_attention and contexts[0].count == 0:
+    if getattr(contexts[0], "count", None) == 0:
         raise NotImplementedError(
             'ds4sci.activation_checkpointing.kind = "keep_attention" met no attention whose output it can keep in '
             f"{getattr(forward, '__qualname__', forward)}: it knows PyTorch's fused kernels, the tiled and "

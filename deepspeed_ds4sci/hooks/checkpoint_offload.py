@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What checkpointed layers start from, kept in CPU memory between the forward and the backward pass.
+"""What checkpointed layers start from and what attention returned in them, kept in CPU memory for the backward pass.
 
 On a GPU the copies run on a stream of their own: out while the layer computes, and back one layer ahead of the
 backward pass. At most two such tensors are on the device at a time, next to the layer at work.
@@ -14,9 +14,9 @@ from deepspeed_ds4sci.hooks.host_memory import HostPool
 
 
 class CheckpointOffload:
-    """Moves one tensor of each checkpointed call. One per engine.
+    """Moves one tensor of each checkpointed call; all of an engine that are made and asked for in turn.
 
-    Use: `with offload.of(hidden): checkpoint(function, hidden, ...)`.
+    Use: `with offload.of(hidden): checkpoint(function, hidden, ...)`, or `leave` a tensor and have it `back()` later.
     """
 
     def __init__(self):
@@ -38,11 +38,12 @@ class CheckpointOffload:
         def pack(saved):
             if saved.data_ptr() != address or saved.shape != shape:
                 return saved.detach()
-            return self._leave(saved.detach())
+            return self.leave(saved.detach())
 
         return saved_tensors_hooks(pack, _unpack)
 
-    def _leave(self, tensor):
+    def leave(self, tensor: torch.Tensor) -> "_Away":
+        """Starts to copy a tensor to CPU memory. It stays on the device until the next one leaves."""
         if self.pool is None:
             self._start(tensor.device)
         before = self._latest()

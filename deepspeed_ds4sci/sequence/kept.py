@@ -15,7 +15,7 @@ from contextvars import ContextVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # By name: a build of torch may lack some.
 _FUSED_ATTENTION = (
@@ -30,14 +30,18 @@ _FUSED_ATTENTION = (
 _active: ContextVar["_Pass | None"] = ContextVar("kept attention outputs", default=None)
 
 
-def keeping_contexts() -> tuple["_Pass", "_Pass"]:
+def keeping_contexts(leave: Callable | None = None) -> tuple["_Pass", "_Pass"]:
     """The two contexts that `torch.utils.checkpoint.checkpoint(context_fn=...)` asks for.
 
     In the first, the results of attention are kept; in the second they are taken, in the same order. `first.count` is
     how many were kept.
+
+    Args:
+        leave: takes a contiguous tensor away, such as to CPU memory, and returns what has it `back()`. It gets the
+            largest tensor of each result, attention's output; the others are small. None: all stay.
     """
     results = deque()
-    return _Pass(results, replaying=False), _Pass(results, replaying=True)
+    return _Pass(results, leave, replaying=False), _Pass(results, leave, replaying=True)
 
 
 def kept(name: str, compute: Callable):
@@ -55,10 +59,10 @@ def kept(name: str, compute: Callable):
 class _Pass(TorchDispatchMode):
     """A forward pass whose attention results are kept, or the recomputation that takes them."""
 
-    def __init__(self, results, replaying):
+    def __init__(self, results, leave, replaying):
         super().__init__()
         self.count = 0
-        self._results, self._replaying, self._token = results, replaying, None
+        self._results, self._leave, self._replaying, self._token = results, leave, replaying, None
 
     @classmethod
     def ignore_compile_internals(cls):
@@ -85,16 +89,34 @@ class _Pass(TorchDispatchMode):
                     f"recomputation came to {name} where the forward pass did not: the layer depends on something "
                     "that changed in between, or its backward pass runs a second time"
                 )
-            return self._results.popleft()[1]
+            return tree_map_only(_Left, _Left.back, self._results.popleft()[1])
         token = _active.set(None)  # operations inside are parts of one result
         try:
             found = compute()
         finally:
             _active.reset(token)
         # The tensors themselves get a graph on their way out.
-        self._results.append((name, tree_map_only(torch.Tensor, torch.Tensor.detach, found)))
+        results = tree_map_only(torch.Tensor, torch.Tensor.detach, found)
+        if self._leave is not None:
+            largest = max((x.nbytes for x in tree_leaves(results) if isinstance(x, torch.Tensor)), default=0)
+            results = tree_map_only(
+                torch.Tensor, lambda x: _Left(x, self._leave) if x.nbytes == largest else x, results
+            )
+        self._results.append((name, results))
         self.count += 1
         return found
+
+
+class _Left:
+    """A tensor that was taken away and comes back with the strides it had, which kernels choose."""
+
+    def __init__(self, tensor, leave):
+        self._order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        self._away = leave(tensor.permute(self._order))
+
+    def back(self) -> torch.Tensor:
+        tensor = self._away.back()
+        return tensor.permute([self._order.index(dim) for dim in range(tensor.dim())])
 
 
 def _operations():

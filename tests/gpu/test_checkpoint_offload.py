@@ -8,6 +8,7 @@ import torch
 
 from deepspeed_ds4sci.hooks.host_memory import HostSlot
 from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
+from tests.unit.hooks.apply import with_hooks
 from tests.unit.hooks.test_activation_checkpointing import assert_same, gradients, with_hook
 
 pytestmark = pytest.mark.gpu
@@ -63,6 +64,19 @@ def test_offload_changes_no_bit_and_frees_the_layers_inputs(model, batch, kind):
     slots = offload.pool._free
     assert len(slots) == LAYERS and all(slot.bytes.is_pinned() for slot in slots)
     assert CHECKPOINT <= slots[0].capacity < CHECKPOINT + 4096
+
+
+@pytest.mark.parametrize("implementation", ["flash", "cudnn"])
+def test_kept_attention_outputs_wait_beside_checkpoints(model, batch, implementation):
+    def peak(**block):
+        attention = {"implementation": implementation}
+        ours, *_ = with_hooks(model, attention=attention, activation_checkpointing={"kind": "keep_attention", **block})
+        return peak_of(ours, batch)
+
+    plain_peak, expected = peak(cpu_offload=True)
+    waiting_peak, found = peak(cpu_offload=True, cpu_offload_attention=True)
+    assert_same(found, expected)
+    assert plain_peak - waiting_peak >= (LAYERS - 3) * CHECKPOINT
 
 
 def test_keep_attention_trades_memory_for_the_second_attention(model, batch):

@@ -92,6 +92,8 @@ def test_recomputation_takes_what_it_returned(monkeypatch, cpu_offload):
         for kind, count in (("full", 4), ("keep_attention", 2)):
             calls.clear()
             checkpointing = {"kind": kind, "cpu_offload": cpu_offload}
+            if kind == "keep_attention":
+                checkpointing["cpu_offload_attention"] = cpu_offload
             ours, *_ = with_hooks(model, attention=attention, activation_checkpointing=checkpointing)
             our_loss, gradients = train(ours, batch)
             assert our_loss == loss and len(calls) == count

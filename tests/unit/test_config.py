@@ -62,6 +62,10 @@ def test_no_block_is_none_and_an_empty_block_asks_for_nothing():
             r"position_embedding: scaling needs rotary positions, got 'alibi'",
         ),
         ({"activation_checkpointing": {"cpu_offload": True}}, r"have no effect with kind"),
+        (
+            {"activation_checkpointing": {"kind": "full", "cpu_offload_attention": True}},
+            r'cpu_offload_attention needs kind "keep_attention", got .full.',
+        ),
         ({"attention_mask": {"kind": "causal", "rule": "a:b"}}, r'rule needs kind "custom", got \'causal\''),
         ({"attention_mask": {"kind": "custom", "rule": "a.b"}}, r'rule must be "module:function", got \'a\.b\''),
     ],

@@ -86,6 +86,8 @@ def _ladder() -> list[Rung]:
     # Tiles of an MLP that is hardly wider than the model save little and are computed once more.
     kept = {"activation_checkpointing": {"kind": "keep_attention"}, "tiling": {"loss": 16384}}
     kept_to_host = {**kept, "activation_checkpointing": {"kind": "keep_attention", "cpu_offload": True}}
+    all_to_host = {"kind": "keep_attention", "cpu_offload": True, "cpu_offload_attention": True}
+    all_to_host = {**kept, "activation_checkpointing": all_to_host}
     two = {"sequence_parallel": {"size": 2, "mode": "ulysses"}}
     masked = {"attention_mask": {"kind": "causal", "cpu_threshold": 1}}
     learned = {"positions": "learned"}
@@ -137,6 +139,13 @@ def _ladder() -> list[Rung]:
             "attention outputs kept, checkpoints in CPU memory, optimizer on the GPU",
             131072,
             fused | kept_to_host,
+        ),
+        Rung(
+            "attention-to-host",
+            "flash",
+            "attention outputs and checkpoints in CPU memory, optimizer on the GPU",
+            196608,
+            fused | all_to_host,
         ),
         Rung(
             "recompute-offload",
@@ -193,6 +202,7 @@ RUNGS: dict[str, Rung] = {rung.name: rung for rung in _ladder()}
 BY_VALUE = (
     *(
         "host-optimizer",
+        "attention-to-host",
         "keep-attention-checkpoints",
         "keep-attention-host",
         "keep-attention-offload",

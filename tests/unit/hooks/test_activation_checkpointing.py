@@ -13,6 +13,7 @@ from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload, _Away
 from deepspeed_ds4sci.hooks.host_memory import HostPool
 from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
 from deepspeed_ds4sci.sequence import blocks
+from deepspeed_ds4sci.sequence.kept import keeping_contexts, kept
 from tests.distributed import tiny_models
 from tests.helpers.live_memory import LiveMemory
 from tests.helpers.processes import run_python
@@ -22,6 +23,10 @@ SETTINGS = [
     {"kind": kind, **others}
     for kind in ("full", "selective", "keep_attention")
     for others in ({}, {"cpu_offload": True}, {"cpu_offload": True, "every_n_layers": 2})
+]
+SETTINGS += [
+    {"kind": "keep_attention", "cpu_offload_attention": True, "cpu_offload": with_checkpoints}
+    for with_checkpoints in (False, True)
 ]
 
 
@@ -211,6 +216,29 @@ def test_dropout_masks_are_the_same_in_both_passes():
     assert_same(gradients(checkpointed, batch), expected)
 
 
+def test_what_attention_returned_comes_back_as_it_lay():
+    """Torch's fused kernels give heads and tokens in either order of memory, and a log-sum-exp that stays."""
+    left = []
+
+    class Away:
+        def __init__(self, tensor):
+            assert tensor.is_contiguous()
+            left.append(tensor)
+            self.tensor = tensor
+
+        def back(self):
+            return self.tensor.clone()
+
+    output, lse = torch.randn(2, 5, 3, 4).transpose(1, 2), torch.randn(2, 3, 5)
+    first, second = keeping_contexts(Away)
+    with first:
+        assert kept("attention", lambda: (output, lse, None))[0] is output
+    with second:
+        found, found_lse, nothing = kept("attention", lambda: None)
+    assert torch.equal(found, output) and found.stride() == output.stride() and found.data_ptr() != output.data_ptr()
+    assert torch.equal(found_lse, lse) and nothing is None and len(left) == 1
+
+
 def test_nothing_keeps_the_tensor_that_left():
     offload = CheckpointOffload()
     hidden = torch.randn(4, 8, requires_grad=True) * 2
@@ -267,7 +295,12 @@ def test_at_most_two_layers_inputs_are_on_the_device(kind, streams, monkeypatch)
             checkpointed(**batch).loss.backward()
         return memory.peak
 
-    assert peak() - peak(cpu_offload=True) >= (layers - 2) * tokens * hidden * 4
+    everything_stays = peak()
+    assert everything_stays - peak(cpu_offload=True) >= (layers - 2) * tokens * hidden * 4
+    if kind == "keep_attention":
+        alone = peak(cpu_offload_attention=True)
+        assert everything_stays - alone >= (layers - 2) * tokens * hidden * 4
+        assert alone - peak(cpu_offload=True, cpu_offload_attention=True) >= (layers - 2) * tokens * hidden * 4
 
 
 def test_a_tensor_dropped_anywhere_is_waited_for_on_the_stream_it_came_from(streams):
