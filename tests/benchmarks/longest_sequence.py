@@ -20,61 +20,77 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.climb import Climb
 from tests.benchmarks.long_sequence import report
 from tests.benchmarks.long_sequence.launch import longest_repeated, run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
 from tests.benchmarks.long_sequence.rungs import ATTENTION, RUNGS, Rung, chosen_rungs, shortened, with_attention
-from tests.benchmarks.long_sequence.search import following, longest
 from tests.benchmarks.record import machine_line
 
 MODULE = "tests.benchmarks.longest_sequence"
 START_SECONDS = 150.0  # for processes to start and to make model and engine
-GROWTH = 3  # lengths that one process tries in turn while none has failed
 
 
 class Prober:
-    """Trains a rung at the lengths that a search asks for, and remembers every case."""
+    """Trains a rung at given lengths or those of a search, and remembers every case."""
 
     def __init__(self, rung: Rung, options: argparse.Namespace, deadline: float):
         self.rung, self.options, self.deadline = rung, options, deadline
         self.cases: dict[int, dict] = {}
 
-    def __call__(self, length: int) -> bool | None:
-        """Whether the length trains; None if the budget is spent."""
-        if length not in self.cases:
-            lengths = [length]
-            if all(case["status"] == "ok" for case in self.cases.values()):
-                while len(lengths) < GROWTH:
-                    longer = following(lengths[-1], self.options.multiple)
-                    if longer > self.options.limit:
-                        break
-                    lengths.append(longer)
-            self.run(lengths)
-        if length not in self.cases:
-            return None
-        return self.cases[length]["status"] == "ok"
+    @property
+    def longest(self) -> int:
+        """0 while nothing has worked."""
+        return max((length for length, case in self.cases.items() if case["status"] == "ok"), default=0)
 
-    def run(self, lengths: list[int]) -> None:
+    @property
+    def failed(self) -> int | None:
+        """The shortest that did not work."""
+        return min((length for length, case in self.cases.items() if case["status"] != "ok"), default=None)
+
+    def search(self) -> None:
+        """Until the longest is known to the resolution, the limit works, or there is no time.
+
+        Each process climbs until it fails; the next goes on between.
+        """
+        while True:
+            peaks = {n: int(c["device_gib"] * 2**30) for n, c in self.cases.items() if c["status"] == "ok"}
+            fields = dict(start=self.rung.guess, multiple=self.options.multiple, limit=self.limit)
+            fields |= dict(failed=self.failed, precision=1 + self.options.resolution)
+            before = len(self.cases)
+            if Climb(capacity=0, peaks=peaks, **fields).next_length() is not None:
+                self.run([], climb=fields | {"peaks": list(peaks.items())})
+            if len(self.cases) == before or any(case["status"] == "failed" for case in self.cases.values()):
+                return
+
+    @property
+    def limit(self) -> int:
+        """A learned position table has a row for each token of the longest sequence, all there from the start."""
+        if self.rung.positions == "learned":
+            return min(self.options.limit, 2 * self.rung.guess)
+        return self.options.limit
+
+    def run(self, lengths: list[int], climb: dict | None = None) -> None:
         left = self.deadline - time.monotonic()
         if left < 1:
             return
         options = self.options
-        cases = [(1, length) for length in lengths]
         job = job_of(
             self.rung,
-            cases,
+            [(1, length) for length in lengths],
             tiny=options.tiny,
             compute_layers=options.compute_layers,
             steps=options.steps,
             repeat_under=options.repeat_under,
             beside_others=options.beside_others,
+            climb=climb,
         )
-        print(f"{self.rung.name}: trying {', '.join(f'{length:,}' for length in lengths)}", flush=True)
-        allowed = START_SECONDS + options.probe_seconds * len(lengths)
+        trying = ", ".join(f"{length:,}" for length in lengths) or f"{climb['start']:,} and on"
+        print(f"{self.rung.name}: trying {trying}", flush=True)
         found = run_cases(
             job,
             ranks=self.rung.gpus,
-            seconds=min(left, allowed),
+            seconds=left if climb else min(left, START_SECONDS + options.probe_seconds * len(lengths)),
             tiny=options.tiny,
             case_seconds=options.probe_seconds,
         )
@@ -99,13 +115,9 @@ def measure_rung(rung: Rung, options: argparse.Namespace, deadline: float, peak:
     prober = Prober(rung, options, deadline)
     if options.lengths:
         prober.run(options.lengths)
-        worked = [length for length, case in prober.cases.items() if case["status"] == "ok"]
-        failed = [length for length, case in prober.cases.items() if case["status"] != "ok"]
-        good, bad = max(worked, default=0), min(failed, default=None)
     else:
-        good, bad = longest(
-            prober, rung.guess, resolution=options.resolution, multiple=options.multiple, limit=options.limit
-        )
+        prober.search()
+    good, bad = prober.longest, prober.failed
     config = counted_config(rung, options.tiny, options.compute_layers)
     return {
         "name": rung.name,

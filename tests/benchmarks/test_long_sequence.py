@@ -20,7 +20,6 @@ from deepspeed_ds4sci.training import step_flops
 from tests.benchmarks import longest_sequence, throughput_by_length, train_short_infer_long
 from tests.benchmarks.long_sequence import launch, models, report, worker
 from tests.benchmarks.long_sequence.rungs import ATTENTION, BY_VALUE, RUNGS, chosen_rungs
-from tests.benchmarks.long_sequence.search import longest
 from tests.benchmarks.throughput_by_length import VARIANTS
 
 CONFIG = GenSLMConfig(16, 2, 2, 32, 64)
@@ -28,28 +27,6 @@ OK = dict(batch_size=1, length=64, status="ok", seconds=0.5, device_gib=1.0, hos
 STEPS = dict(timed_step=2, step_seconds=[0.7, 0.5])
 OOM = dict(batch_size=1, length=128, status="out of memory")
 ABOUT = dict(device="card", cuda="-", driver="-", torch="2", commit="abc", date="2026-01-01", command="c")
-
-
-@pytest.mark.parametrize("truth", [3000, 10_000, 11_000, 40_000, 327_000])
-@pytest.mark.parametrize("guess", [4096, 98_304])
-def test_the_search_finds_the_limit_to_its_resolution(truth, guess):
-    tried = []
-
-    def works(length):
-        tried.append(length)
-        return length <= truth
-
-    good, bad = longest(works, guess, resolution=0.1, multiple=256)
-    assert good <= truth < bad and (bad <= 1.1 * good or bad - good <= 256)
-    assert len(tried) == len(set(tried)) <= 14 and all(length % 256 == 0 for length in tried)
-
-
-def test_the_search_ends_where_there_is_no_limit_no_length_and_no_time():
-    assert longest(lambda length: True, 64, multiple=32, limit=512) == (512, None)
-    assert longest(lambda length: False, 4096, multiple=1024) == (0, 1024)
-    answers = iter([True, False, None])
-    assert longest(lambda length: next(answers), 10240) == (10240, 15360)
-    assert longest(lambda length: None, 1024) == (0, None)
 
 
 @pytest.mark.parametrize("rung", RUNGS.values(), ids=lambda rung: rung.name)
@@ -131,11 +108,13 @@ def test_layers_that_are_not_computed_keep_their_gradients_and_pass_on_a_new_ten
     assert torch.equal(output, hidden) and output.data_ptr() != hidden.data_ptr()
     output.sum().backward()
     assert all(p.grad.shape == p.shape and not p.grad.any() for p in layer.parameters())
-    with pytest.raises(
-        ValueError, match='--compute-layers needs a rung of ours that recomputes whole layers, got "kee'
-    ):
+    with pytest.raises(ValueError, match='--compute-layers needs a rung that recomputes whole layers, got "kee'):
         models.job_of(RUNGS["keep-attention"], [(1, 64)], tiny=True, steps=1, compute_layers=1)
     assert models.counted_config(RUNGS["recompute"], False, 8).num_layers == 8
+    for count, computed in ((3, [0, 1, 5]), (1, [0]), (6, list(range(6))), (None, list(range(6)))):
+        layers = [torch.nn.Linear(4, 4) for _ in range(6)]
+        worker.compute_some(layers, {"compute_layers": count})
+        assert [i for i, layer in enumerate(layers) if "forward" not in vars(layer)] == computed
 
 
 def test_what_layers_that_are_not_computed_start_from_is_kept_until_the_backward_pass():
@@ -248,27 +227,47 @@ def test_all_steps_that_are_repeated_fit_into_a_case(module, limit):
 
 
 def prober(monkeypatch, limit, **changes):
+    """Options for a rung that trains up to `limit` tokens on a machine that holds so many."""
     calls = []
 
     def run_cases(job, **_):
-        lengths = [length for _, length in job["cases"]]
-        calls.append(lengths)
-        good = [dict(OK, **STEPS, event="case", length=length) for length in lengths if length <= limit]
-        bad = [dict(OOM, event="case", length=length) for length in lengths if length > limit]
-        return good + bad[:1]
+        tried = []
+        monkeypatch.setattr(worker.torch.cuda, "memory_allocated", lambda: 100 * 2**20)
+        monkeypatch.setattr(worker.torch.cuda, "max_memory_allocated", lambda: (100 + tried[-1]) * 2**20)
+        monkeypatch.setattr(worker.torch.cuda, "mem_get_info", lambda: (0, int(1.03 * (100 + limit) * 2**20)))
+        monkeypatch.setattr(worker.dist, "all_reduce", lambda *_: None)
+        monkeypatch.setattr(worker.torch, "tensor", lambda value, **_: value)
+        found = []
+        for _, length in worker.cases(job, torch.device("cuda")):
+            tried.append(length)
+            case = OK | STEPS | {"device_gib": length / 1024} if length <= limit else OOM
+            found.append(case | dict(event="case", length=length))
+            if length > limit:
+                break
+        calls.append(tried)
+        return found
 
     monkeypatch.setattr(longest_sequence, "run_cases", run_cases)
-    options = longest_sequence.parse_arguments(["--tiny", "--limit", "4096", "--rungs", "recompute"])
-    vars(options).update(limit=4096, **changes)
+    options = longest_sequence.parse_arguments(["--tiny", "--rungs", "recompute"])
+    vars(options).update(changes)
     return options, calls
 
 
 def test_a_rung_is_searched_with_few_processes(monkeypatch):
-    options, calls = prober(monkeypatch, limit=500)
+    options, calls = prober(monkeypatch, limit=5000)
+    options.limit = 2**20
     found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
-    assert found["longest"] <= 500 < found["failed"] and found["resolved"] and found["because"] == "out of memory"
-    assert calls[0] == [64, 96, 128] and len(calls) <= 7
+    assert found["longest"] <= 5000 < found["failed"] and found["resolved"] and found["because"] == "out of memory"
+    assert len(calls) == 1 and calls[0][0] == 64 and len(calls[0]) <= 4
     assert [case["length"] for case in found["cases"]] == sorted(case["length"] for case in found["cases"])
+
+
+def test_a_search_goes_on_below_a_guess_that_was_too_long(monkeypatch):
+    options, calls = prober(monkeypatch, limit=500)
+    options.limit, options.rungs = 4096, [RUNGS["mask-cpu"]]
+    options.rungs[0] = longest_sequence.shortened(options.rungs[0], 1024)
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert calls[0] == [1024] and found["longest"] <= 500 < found["failed"] and found["resolved"] and len(calls) <= 4
 
 
 def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkeypatch):
@@ -280,6 +279,16 @@ def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkey
     assert calls == [] and (found["longest"], found["failed"], found["resolved"]) == (0, None, False)
 
 
+def test_a_learned_table_has_rows_for_the_longest_that_a_search_may_try():
+    options = longest_sequence.parse_arguments(["--tiny", "--rungs", "mask-cpu,recompute"])
+    options.limit = 2**20
+    limits = [longest_sequence.Prober(rung, options, 0).limit for rung in options.rungs]
+    assert limits == [2 * options.rungs[0].guess, 2**20]
+    climb = dict(start=64, limit=256)
+    job = models.job_of(options.rungs[0], [], tiny=True, compute_layers=None, climb=climb)
+    assert job["model"]["max_positions"] == 256 and job["cases"] == []
+
+
 @pytest.mark.parametrize(
     "module, arguments, message",
     [
@@ -287,7 +296,7 @@ def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkey
         (
             longest_sequence,
             ["--tiny", "--rungs", "alst-sdpa", "--compute-layers", "2"],
-            "--compute-layers needs a rung",
+            '--compute-layers needs a rung that recomputes whole layers, got "alst-sdpa"',
         ),
         (
             longest_sequence,
@@ -350,8 +359,16 @@ def test_rungs_train_in_processes_of_their_own():
         job = models.job_of(RUNGS[name], [(1, 64), (2, 96)], tiny=True, steps=2, compute_layers=None)
         return launch.run_cases(job, ranks=1, seconds=240, tiny=True)
 
+    def climbed(name):
+        climb = dict(start=64, multiple=32, limit=128, precision=1.1, failed=None, peaks=[])
+        job = models.job_of(RUNGS[name], [], tiny=True, steps=1, compute_layers=1, climb=climb)
+        return launch.run_cases(job, ranks=1, seconds=240, tiny=True)
+
     with ThreadPoolExecutor() as pool:  # each is little more than the start of a process
+        searched = [pool.submit(climbed, name) for name in ("recompute", "alst-host-checkpoints")]
         results = list(pool.map(trained, ("mask-baseline", "alst-host-optimizer")))
+    for search in searched:
+        assert [(case["status"], case["length"]) for case in search.result()] == [("ok", 64), ("ok", 96), ("ok", 128)]
     for found in results:
         done = [(case["status"], case["batch_size"], case["length"]) for case in found]
         assert done == [("ok", 1, 64), ("ok", 2, 96)], found

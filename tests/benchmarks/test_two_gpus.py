@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from tests.benchmarks.climb import PRECISION, Climb
 from tests.benchmarks.two_gpus.__main__ import main
-from tests.benchmarks.two_gpus.climb import PRECISION, Climb
 from tests.benchmarks.two_gpus.parts import PARTS
 from tests.benchmarks.two_gpus.report import draw, succeeded, text
 

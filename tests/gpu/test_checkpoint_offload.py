@@ -8,7 +8,6 @@ import torch
 
 from deepspeed_ds4sci.hooks.host_memory import HostSlot
 from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
-from tests.unit.hooks.apply import with_hooks
 from tests.unit.hooks.test_activation_checkpointing import assert_same, gradients, with_hook
 
 pytestmark = pytest.mark.gpu
@@ -66,15 +65,12 @@ def test_offload_changes_no_bit_and_frees_the_layers_inputs(model, batch, kind):
     assert CHECKPOINT <= slots[0].capacity < CHECKPOINT + 4096
 
 
-@pytest.mark.parametrize("implementation", ["flash", "cudnn"])
-def test_kept_attention_outputs_wait_beside_checkpoints(model, batch, implementation):
+def test_kept_attention_outputs_wait_beside_checkpoints(model, batch):
     def peak(**block):
-        attention = {"implementation": implementation}
-        ours, *_ = with_hooks(model, attention=attention, activation_checkpointing={"kind": "keep_attention", **block})
-        return peak_of(ours, batch)
+        return peak_of(with_hook(model, kind="keep_attention", cpu_offload=True, **block)[0], batch)
 
-    plain_peak, expected = peak(cpu_offload=True)
-    waiting_peak, found = peak(cpu_offload=True, cpu_offload_attention=True)
+    plain_peak, expected = peak()
+    waiting_peak, found = peak(cpu_offload_attention=True)
     assert_same(found, expected)
     assert plain_peak - waiting_peak >= (LAYERS - 3) * CHECKPOINT
 

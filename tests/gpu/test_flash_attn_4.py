@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention by the package flash-attn-4, against fp64 by the project's bar, and kept by recomputation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -78,7 +80,11 @@ def test_recomputation_takes_what_it_returned(monkeypatch, cpu_offload):
     """Once per layer, and every gradient to the bit."""
     calls = []
     package, _ = flash_attn_4._package()
-    forward = package._flash_attn_fwd
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return package._flash_attn_fwd(*args, **kwargs)
+
     model = GenSLM(GenSLMConfig(256, 2, 4, 512, 1536)).to("cuda", torch.bfloat16)
     tokens = torch.randint(5, 69, (2, 1536), device="cuda")
     batch = {"input_ids": tokens, "labels": tokens}
@@ -87,8 +93,8 @@ def test_recomputation_takes_what_it_returned(monkeypatch, cpu_offload):
     torch.use_deterministic_algorithms(True)
     try:
         loss, expected = train(with_hooks(model, attention=attention)[0], batch)
-        monkeypatch.setattr(package, "_flash_attn_fwd", lambda *a, **k: calls.append(1) or forward(*a, **k))
-        monkeypatch.setattr(flash_attn_4, "_missing_arguments", lambda package: [])
+        counted = SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=package._flash_attn_bwd)
+        monkeypatch.setattr(flash_attn_4, "_package", lambda: (counted, None))
         for kind, count in (("full", 4), ("keep_attention", 2)):
             calls.clear()
             checkpointing = {"kind": kind, "cpu_offload": cpu_offload}
@@ -106,7 +112,7 @@ def test_what_it_does_not_take_is_refused():
     rules = ScoreRules(1.0, None, 0)
     for shape, dtype, message in (
         ((1, 8, 2, 64), torch.float32, "takes fp16 or bf16, got torch.float32"),
-        ((1, 8, 2, 264), torch.bfloat16, "head dim of at most .*, got 264"),
+        ((1, 8, 2, 264), torch.bfloat16, "takes a head dim of at most .*, got 264"),
     ):
         x = torch.zeros(shape, dtype=dtype, device="cuda")
         with pytest.raises(NotImplementedError, match=f'"flash_attn_4" {message}'):

@@ -23,7 +23,8 @@ def longest_repeated(case_seconds: float, steps: int) -> float:
 
 
 def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds: float | None = None) -> list[dict]:
-    """Trains on each case of job["cases"], [batch size, tokens], in turn, in new processes.
+    """Trains on each case of job["cases"], [batch size, tokens], in turn, in new processes; then on the lengths that a
+    search asks for, if the job has one, until one fails.
 
     Args:
         job: what `worker.main` reads, without its output and its end.
@@ -47,10 +48,14 @@ def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-        records = [record for record in _read(output) if record["event"] == "case"]
+        lines = _read(output)
+        records = [record for record in lines if record["event"] == "case"]
         failed = records and records[-1]["status"] != "ok"
-        if len(records) < len(job["cases"]) and not failed:
-            batch_size, length = job["cases"][len(records)]
+        tried = [(record["batch_size"], record["length"]) for record in lines if record["event"] == "trying"]
+        start = [] if records or job["climb"] is None else [(1, job["climb"]["start"])]
+        left = tried[len(records) :] or job["cases"][len(records) :] or start
+        if ended != "ok" and not failed and left:
+            batch_size, length = left[0]
             logs = "".join((folder / f"log-{rank}.txt").read_text(errors="replace")[-_TAIL:] for rank in range(ranks))
             record = {"event": "case", "batch_size": batch_size, "length": length, "status": ended}
             records.append(record | ({"failure": logs} if ended == "failed" else {}))

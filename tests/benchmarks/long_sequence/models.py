@@ -53,30 +53,31 @@ def job_of(
     steps: int = 2,
     repeat_under: float = math.inf,
     beside_others: bool = False,
+    climb: dict | None = None,
 ) -> dict:
     """What `launch.run_cases` runs.
 
     Args:
         steps: per case, the last is timed. repeat_under: seconds; after a longer step none follows.
         beside_others: see `worker.HostMemory`.
+        climb: fields of a `Climb`: after the cases its lengths are tried, at most `limit` tokens.
 
     Raises:
-        ValueError: computing fewer layers for a rung that is not ours or keeps attention outputs, which layers that
-            are not computed have none of.
+        ValueError: computing fewer layers for a rung that keeps more of a layer than what it starts from, which layers
+            that are not computed have none of.
     """
     if compute_layers is not None:
         kind = rung.features.get("activation_checkpointing", {}).get("kind")
-        if rung.ladder == "alst" or kind != "full":
-            raise ValueError(f'--compute-layers needs a rung of ours that recomputes whole layers, got "{rung.name}"')
-    if rung.ladder == "alst":
-        model = llama_arguments(tiny)
-    else:
-        model = asdict(genslm(rung, max(length for _, length in cases), tiny))
+        if kind != "full" and "recompute" not in rung.tricks:
+            raise ValueError(f'--compute-layers needs a rung that recomputes whole layers, got "{rung.name}"')
+    longest = max([length for _, length in cases] + ([climb["limit"]] if climb else []))
+    model = llama_arguments(tiny) if rung.ladder == "alst" else asdict(genslm(rung, longest, tiny))
     return {
         "kind": "alst" if rung.ladder == "alst" else "genslm",
         "model": model,
         "ds_config": rung.ds_config(tiny),
         "cases": [list(case) for case in cases],
+        "climb": climb,
         "steps": steps,
         "repeat_under": repeat_under,
         "compute_layers": compute_layers,

@@ -93,10 +93,10 @@ def _ladder() -> list[Rung]:
     learned = {"positions": "learned"}
     table = {"position_embedding": {"kind": "learned", "sharded": True}}
     mask = [
-        Rung("mask-baseline", "mask", "mask built on the device", 6144, device_mask=True, **learned),
-        Rung("mask-cpu", "mask", "+ mask built in CPU memory", 8192, masked, **learned),
-        Rung("mask-cpu-sp2", "mask", "+ sequence parallel over 2 GPUs", 12288, masked | two, gpus=2, **learned),
-        Rung("mask-cpu-sp2-table", "mask", "+ sharded table", 12288, masked | two | table, gpus=2, **learned),
+        Rung("mask-baseline", "mask", "mask built on the device", 12288, device_mask=True, **learned),
+        Rung("mask-cpu", "mask", "+ mask built in CPU memory", 12288, masked, **learned),
+        Rung("mask-cpu-sp2", "mask", "+ sequence parallel over 2 GPUs", 24576, masked | two, gpus=2, **learned),
+        Rung("mask-cpu-sp2-table", "mask", "+ sharded table", 24576, masked | two | table, gpus=2, **learned),
     ]
     no_mask = [
         Rung("math", "flash", "plain attention", 4096, {"attention": {"implementation": "math"}}),

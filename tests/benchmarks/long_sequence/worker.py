@@ -20,6 +20,8 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
 
+from tests.benchmarks.climb import Climb
+
 OUT_OF_MEMORY = 75
 """Exit status of a rank that has no memory left."""
 
@@ -42,7 +44,8 @@ def main(path: str) -> int:
     engine, *_ = deepspeed.initialize(model=model, config=job["ds_config"], mpu=mpu)
     make_states(engine, job, device)
     say(job, {"event": "ready", "seconds": time.perf_counter() - began})
-    for batch_size, length in job["cases"]:
+    for batch_size, length in cases(job, device):
+        say(job, {"event": "trying", "batch_size": batch_size, "length": length})
         result = measure(engine, job, batch_size, length, device) | {"host_gib": host.peak_gib()}
         say(job, result)
         if result["status"] != "ok":
@@ -53,10 +56,32 @@ def main(path: str) -> int:
     return 0
 
 
+def cases(job, device):
+    """(batch size, tokens) in turn: those of the job, then what its search asks for, by the peaks of this process."""
+    yield from job["cases"]
+    if job["climb"] is None:
+        return
+    cuda = device.type == "cuda"
+
+    def agreed(nbytes):  # all ranks go on with the same length
+        most = torch.tensor(nbytes, dtype=torch.int64, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+    # The rest is CUDA's and lost between blocks.
+    capacity = int(0.975 * torch.cuda.mem_get_info()[1]) if cuda else 0
+    peaks = {0: agreed(torch.cuda.memory_allocated() if cuda else 0)} | dict(job["climb"]["peaks"])
+    climb = Climb(**job["climb"] | {"capacity": capacity, "peaks": peaks})
+    while (length := climb.next_length()) is not None:
+        yield 1, length
+        climb.record(length, agreed(torch.cuda.max_memory_allocated() if cuda else 0))
+
+
 def make_states(engine, job, device):
     """A short training step. Without it the first length of a process could fit only because the optimizer's states
     do not exist before its step, and a search would find lengths that train once and no more."""
-    length = min(256, *(length for _, length in job["cases"]))
+    lengths = [length for _, length in job["cases"]] or [job["climb"]["start"]]
+    length = min(256, *lengths)
     if measure(engine, job | {"steps": 1}, 1, length, device)["status"] != "ok":
         os._exit(OUT_OF_MEMORY)
 
@@ -186,13 +211,23 @@ def decoder(job, device):
 
     with built_for(job, device):
         model = GenSLM(GenSLMConfig(**job["model"]))
-    if job["compute_layers"] is not None:
-        for layer in model.layers[job["compute_layers"] :]:
-            layer.forward = types.MethodType(stand_in, layer)
+    compute_some(model.layers, job)
     return model.train(), None
 
 
-def stand_in(self, hidden, context):
+def compute_some(layers, job):
+    """job["compute_layers"] of the layers are computed, all of them if it is None.
+
+    Half of them at either end: what a layer needs while it goes backward comes on top of all checkpoints in the last
+    one, and on top of all gradients in the first.
+    """
+    computed = job["compute_layers"]
+    if computed is not None:
+        for layer in layers[(computed + 1) // 2 : len(layers) - computed // 2]:
+            layer.forward = types.MethodType(stand_in, layer)
+
+
+def stand_in(self, hidden, *context, **others):
     """A layer that is not computed: its weights get (zero) gradients and optimizer states, its output is a new tensor
     like any layer's, and what it starts from is kept as a checkpoint like any layer's."""
     # The square is saved for the backward pass: a layer that saves nothing is not computed again, and torch then drops
@@ -218,6 +253,7 @@ def llama(job, device):
     with built_for(job, device):
         config = LlamaConfig(**job["model"], attn_implementation="sdpa", use_cache=False)
         model = LlamaForCausalLM(config).train()
+    compute_some(model.model.layers, job)
     mpu = UlyssesSPAttentionHF.register_with_transformers(
         model, "sdpa", sequence_parallel_size=dist.get_world_size(), micro_batch_size=1
     )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.benchmarks.climb import Climb
 from tests.benchmarks.two_gpus import equality, workers
-from tests.benchmarks.two_gpus.climb import Climb
 from tests.benchmarks.two_gpus.masks import masks
 from tests.benchmarks.two_gpus.sizes import Sizes
 from tests.distributed.engine_worker import run_cases

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_ds4sci.models import GenSLM
-from tests.benchmarks.two_gpus.climb import Climb
+from tests.benchmarks.climb import Climb
 from tests.benchmarks.two_gpus.sizes import Sizes
 from tests.distributed.engine_worker import device
 

@@ -4,8 +4,11 @@
 from dataclasses import dataclass, field
 
 PRECISION = 1.1
+"""The shortest length that failed over the longest that fitted, at which a search ends."""
+
 _BELOW = 0.94  # of the predicted length: where the slow climb starts
 _STEP = 1.06
+_FLAT = 1.05  # a peak over that of a shorter length, below which it does not grow yet
 
 
 @dataclass
@@ -13,24 +16,30 @@ class Climb:
     """Which length to try next.
 
     Peak memory is close to linear in the length, so after two lengths the longest is predicted; the search goes there
-    and climbs in small steps until it fails. Where the prediction was too high, it bisects.
+    and climbs in small steps until it fails. Where the prediction was too high, it bisects. While the peak hardly
+    grows, as where an optimizer's step has it, nothing is predicted.
 
     Args:
         start: the first length, tokens; multiple: of which every length is one; limit: none longer is tried.
-        capacity: bytes that there are.
+        capacity: bytes that there are; precision: see PRECISION.
     """
 
     start: int
     multiple: int
     limit: int
     capacity: int
-    peaks: dict[int, int] = field(default_factory=dict)  # of what fitted, by length
+    peaks: dict[int, int] = field(default_factory=dict)  # of what fitted, by length; of 0: what is there before
     failed: int | None = None  # the shortest that did not
+    precision: float = PRECISION
 
     @property
     def longest(self) -> int:
         """0 while nothing has fitted."""
         return max(self.peaks, default=0)
+
+    @property
+    def resolved(self) -> bool:
+        return bool(self.failed and self.longest and self.failed <= self.longest * self.precision)
 
     def record(self, seq_len: int, peak: int | None) -> None:
         """peak: bytes; None: out of memory."""
@@ -40,11 +49,11 @@ class Climb:
             self.failed = seq_len if self.failed is None else min(seq_len, self.failed)
 
     def next_length(self) -> int | None:
-        """None: the longest is known to PRECISION, or the limit fits."""
+        """None: the longest is known to the precision, or the limit fits."""
         last = self.longest
         if self.failed is not None:
             low, high = self._rounded(last) + self.multiple, self.failed - self.multiple
-            if self.failed <= last * PRECISION or low > high:
+            if self.resolved or low > high:
                 return None
             return min(max(self._rounded((max(last, self.multiple) * self.failed) ** 0.5), low), high)
         if last >= self.limit:
@@ -57,7 +66,7 @@ class Climb:
     def _predicted(self):
         (shorter, low), (longer, high) = sorted(self.peaks.items())[-2:]
         slope = (high - low) / (longer - shorter)
-        return longer + (self.capacity - high) / slope if slope > 0 else 2 * longer
+        return longer + (self.capacity - high) / slope if high > _FLAT * low else 2 * longer
 
     def _rounded(self, length):
         return int(length) // self.multiple * self.multiple
