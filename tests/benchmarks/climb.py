@@ -8,7 +8,7 @@ PRECISION = 1.1
 
 _BELOW = 0.94  # of the predicted length: where the slow climb starts
 _STEP = 1.06
-_FLAT = 1.05  # a peak over that of a shorter length, below which it does not grow yet
+_FLAT = 0.1  # growth of the peak over that of the length, below which the peak does not grow yet
 
 
 @dataclass
@@ -65,8 +65,8 @@ class Climb:
 
     def _predicted(self):
         (shorter, low), (longer, high) = sorted(self.peaks.items())[-2:]
-        slope = (high - low) / (longer - shorter)
-        return longer + (self.capacity - high) / slope if high > _FLAT * low else 2 * longer
+        growth = (high - low) / (longer - shorter)
+        return longer + (self.capacity - high) / growth if growth > _FLAT * low / longer else 2 * longer
 
     def _rounded(self, length):
         return int(length) // self.multiple * self.multiple

@@ -27,7 +27,7 @@ def definition(q, k, v, softmax_scale, causal, window_size_left, window_size_rig
 # fmt: off
 def _flash_attn_fwd(q, k, v, softmax_scale=None, causal=False, window_size_left=None, window_size_right=None,
                     return_lse=False):
-    assert return_lse and q.shape[-1] % 8 == 0
+    assert return_lse and q.shape[-1] in (24, 88, 120)
     CALLS.append("forward")
     output = definition(q, k, v, softmax_scale, causal, window_size_left, window_size_right)
     return output, q.new_zeros(q.shape[0], q.shape[2], q.shape[1]), None, None, None
@@ -57,11 +57,20 @@ def install(monkeypatch, **functions):
     monkeypatch.setitem(sys.modules, CUTE, interface)
 
 
-@pytest.fixture
-def package(monkeypatch):
-    install(monkeypatch)
+def as_on_a_gpu(monkeypatch, **functions):
+    install(monkeypatch, **functions)
     monkeypatch.setattr(flash_attn_4, "unavailable_reason", lambda device_type: None)
     monkeypatch.setattr(flash_attn_4, "_unsuited_inputs", lambda q: None)
+    monkeypatch.setattr(flash_attn_4, "_CHECKED_TOKENS", 9)
+    monkeypatch.setattr(flash_attn_4, "_CHECKED_WINDOW", (3, 2))
+    flash_attn_4._wrong_gradient.cache_clear()
+
+
+@pytest.fixture
+def package(monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    yield
+    flash_attn_4._wrong_gradient.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -72,8 +81,41 @@ def package(monkeypatch):
 def test_the_package_is_called_with_its_own_arguments(package, arguments):
     *qkv, do = make_qkv(2, 9, 4, 2, 5, torch.float64)
     attention = SequenceParallelAttention(implementation="flash_attn_4")
-    assert_close(run(attention, qkv, do, **arguments), run(naive_attention, qkv, do, **arguments), 1e-12)
-    assert CALLS == ["forward", "backward"]
+    for calls in (["forward", "backward"] * 2, ["forward", "backward"]):  # its gradients are compared the first time
+        CALLS.clear()
+        assert_close(run(attention, qkv, do, **arguments), run(naive_attention, qkv, do, **arguments), 1e-12)
+        assert calls == CALLS
+    CALLS.clear()
+    with torch.no_grad():
+        attention(*(x[:, :, :2] for x in qkv), **arguments)
+    assert CALLS == ["forward"]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_wrong_gradients_are_noticed(monkeypatch, wrong):
+    def backward(q, k, v, out, dout, lse, softmax_scale, causal, window_size_left, window_size_right, deterministic):
+        found = _flash_attn_bwd(
+            q, k, v, out, dout, lse, softmax_scale, causal, window_size_left, window_size_right, deterministic
+        )
+        return [x * (0.9 if i == wrong else 1) for i, x in enumerate(found)]
+
+    as_on_a_gpu(monkeypatch, _flash_attn_bwd=backward)
+    qkv = [x.requires_grad_() for x in make_qkv(1, 5, 4, 2, 88)[:3]]
+    attention = SequenceParallelAttention(implementation="flash_attn_4")
+    state = torch.get_rng_state()
+    message = rf'"flash_attn_4" computes a wrong {("dq", "dk", "dv")[wrong]} here \(head dim 88, 2 query heads per'
+    with pytest.raises(NotImplementedError, match=message):
+        attention(*qkv, causal=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    flash_attn_4._wrong_gradient.cache_clear()
+
+
+def test_heads_are_padded_to_what_the_package_computes_right():
+    """4.0.0b36 on Hopper, every multiple of 8 up to 128 tried, and 136, 160, 192, 200, 256 beyond."""
+    padded = {dim: flash_attn_4._computed_head_dim(dim) for dim in range(1, 257)}
+    right = {24, 32, 56, 64, 88, 96, 120, 128}
+    assert all(padded[dim] == min(other for other in right if other >= dim) for dim in range(1, 129))
+    assert all(padded[dim] == -(-dim // 8) * 8 for dim in range(129, 257))
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -85,7 +127,7 @@ def test_gradients_are_deterministic_where_torch_is_asked_for_it(package, wanted
         run(SequenceParallelAttention(implementation="flash_attn_4"), qkv, do, causal=True)
     finally:
         torch.use_deterministic_algorithms(before)
-    assert CALLS == ["forward", "backward"]
+    assert CALLS == ["forward", "backward"] * 2
 
 
 def test_recomputation_takes_what_it_returned(package):
