@@ -89,6 +89,21 @@ def figures(found: dict) -> str:
     return "  ".join(parts) + (f"  first calls {first:.0f} s" if first >= 1 else "")
 
 
+def markdown_attention(record: dict) -> str:
+    """For a README: a line per shape; forward and forward + backward in ms, and TFLOP/s of the latter."""
+    names = list(dict.fromkeys(row["implementation"] for row in record["rows"]))
+    lines: dict[str, dict] = {}
+    for row in record["rows"]:
+        shape = f"{row['seq_len']:,}, {row['heads']} x {row['head_dim']}"
+        both = row.get("forward+backward")
+        figure = "-" if both is None else f"{row['forward']['ms']:.3g} / {both['ms']:.3g}, {both['tflops']:.0f}"
+        lines.setdefault(shape, {})[row["implementation"]] = figure
+    rows = ["| tokens, heads x head dim (ms forward / both, TFLOP/s) | " + " | ".join(f"`{n}`" for n in names) + " |"]
+    rows.append("|---" * (1 + len(names)) + "|")
+    rows += [f"| {shape} | " + " | ".join(found.get(n, "-") for n in names) + " |" for shape, found in lines.items()]
+    return "\n".join([*rows, "", f"{machine_line(record['machine'])} | `{record['machine']['command']}`", ""])
+
+
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 

@@ -4,6 +4,7 @@
     python -m tests.benchmarks.longest_sequence --json out.json --plot out.png --budget-seconds 500
     python -m tests.benchmarks.longest_sequence --rungs host-optimizer --lengths 327680
     python -m tests.benchmarks.longest_sequence --rungs host-optimizer --lengths 524288 --compute-layers 8
+    python -m tests.benchmarks.longest_sequence --redraw a.json,b.json --plot ladder.png
     python -m tests.benchmarks.longest_sequence --tiny
 
 Each rung is one DeepSpeed JSON (`--show` prints them) in processes of its own. The most valuable rungs come first, and
@@ -154,9 +155,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--beside-others", action="store_true", help="count the process's resident memory: other programs run here")
     add("--json", type=Path, help="where the record goes")
     add("--plot", type=Path, help="where the picture goes")
+    add("--redraw", help="records, separated by commas: their rungs as one plot, nothing is run")
     add("--show", action="store_true", help="print the rungs' DeepSpeed configs and stop")
     add("--tiny", action="store_true", help="rehearsal on CPU ranks with a model of 200,000 parameters")
     options = parser.parse_args(argv)
+    if options.redraw:
+        if not options.plot:
+            parser.error("--redraw needs --plot")
+        return options
     if options.tiny:
         options.multiple = 32
         options.limit = min(options.limit, 256)
@@ -186,6 +192,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse_arguments(argv)
+    if options.redraw:
+        records = [json.loads(Path(path).read_text()) for path in options.redraw.split(",")]
+        report.draw_ladder(report.together(records), options.plot)
+        return 0
     if options.show:
         print(json.dumps({rung.name: rung.ds_config(options.tiny) for rung in options.rungs}, indent=1))
         return 0

@@ -17,6 +17,13 @@ How long sequences train is a table of every length in some records of `results/
     <!-- lengths:h100-steps_65536,h100-steps_131072 -->
     <!-- /lengths -->
 
+The longest sequence of every rung of such records, and which causal attention is fastest:
+
+    <!-- ladder:h100-ladder_short,h100-flash -->
+    <!-- /ladder -->
+    <!-- attention:h100-causal_attention -->
+    <!-- /attention -->
+
 What explicit masks cost, of a record of `two_gpus` there:
 
     <!-- masks:h200-two_gpus -->
@@ -28,7 +35,8 @@ import json
 import re
 from pathlib import Path
 
-from tests.benchmarks.long_sequence.report import markdown_lengths
+from tests.benchmarks.causal_attention import markdown_attention
+from tests.benchmarks.long_sequence.report import markdown_ladder, markdown_lengths
 from tests.benchmarks.record import machine_line, read
 from tests.benchmarks.table import cell, implementations, memory_cell
 from tests.benchmarks.two_gpus.report import markdown_masks
@@ -38,6 +46,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FILES = [ROOT / "README.md", ROOT / "examples" / "genslm" / "README.md"]
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w.-]+)(?P<options>[^>]*?) -->\n.*?<!-- /bench:(?P=name) -->", re.S)
 LENGTHS = re.compile(r"<!-- lengths:(?P<names>[\w.,-]+) -->\n.*?<!-- /lengths -->", re.S)
+LADDER = re.compile(r"<!-- ladder:(?P<names>[\w.,-]+) -->\n.*?<!-- /ladder -->", re.S)
+ATTENTION = re.compile(r"<!-- attention:(?P<name>[\w.-]+) -->\n.*?<!-- /attention -->", re.S)
 MASKS = re.compile(r"<!-- masks:(?P<name>[\w.-]+) -->\n.*?<!-- /masks -->", re.S)
 OPTIONS = {"show": "time", "columns": "", "shapes": ""}
 
@@ -115,16 +125,27 @@ def updated(text: str, results: Path = RESULTS) -> str:
         table = markdown(read(results / f"{name}.json"), options_of(match["options"]))
         return f"<!-- bench:{name}{match['options']} -->\n{table}<!-- /bench:{name} -->"
 
-    def replace_lengths(match: re.Match) -> str:
-        paths = [results / "long_sequence" / f"{name}.json" for name in match["names"].split(",")]
-        table = markdown_lengths([json.loads(path.read_text()) for path in paths])
-        return f"<!-- lengths:{match['names']} -->\n{table}<!-- /lengths -->"
+    def long_sequence(name):
+        return json.loads((results / "long_sequence" / f"{name}.json").read_text())
 
-    def replace_masks(match: re.Match) -> str:
-        record = json.loads((results / "long_sequence" / f"{match['name']}.json").read_text())
-        return f"<!-- masks:{match['name']} -->\n{markdown_masks(record)}<!-- /masks -->"
+    def of_several(kind, form):
+        def replace(match: re.Match) -> str:
+            table = form([long_sequence(name) for name in match["names"].split(",")])
+            return f"<!-- {kind}:{match['names']} -->\n{table}<!-- /{kind} -->"
 
-    return MASKS.sub(replace_masks, LENGTHS.sub(replace_lengths, BLOCK.sub(replace, text)))
+        return replace
+
+    def of_one(kind, form):
+        def replace(match: re.Match) -> str:
+            return f"<!-- {kind}:{match['name']} -->\n{form(long_sequence(match['name']))}<!-- /{kind} -->"
+
+        return replace
+
+    text = BLOCK.sub(replace, text)
+    text = LENGTHS.sub(of_several("lengths", markdown_lengths), text)
+    text = LADDER.sub(of_several("ladder", markdown_ladder), text)
+    text = ATTENTION.sub(of_one("attention", markdown_attention), text)
+    return MASKS.sub(of_one("masks", markdown_masks), text)
 
 
 def main() -> int:

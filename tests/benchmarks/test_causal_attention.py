@@ -56,3 +56,16 @@ def test_an_unknown_name_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--implementations", "flush"])
     assert "got flush" in capsys.readouterr().err
+
+
+def test_the_table_of_a_record():
+    shape = dict(seq_len=16384, heads=32, head_dim=120)
+    timed = {"forward": {"ms": 3.54, "tflops": 583.0}, "forward+backward": {"ms": 12.69, "tflops": 568.7}}
+    rows = [
+        {**shape, "implementation": "cudnn", **timed},
+        {**shape, "implementation": "flash_attn_4", "failed": "not here"},
+    ]
+    about = dict(device="card", cuda="-", driver="-", torch="2", commit="abc", date="2026-01-01", command="c")
+    lines = causal_attention.markdown_attention({"machine": about, "rows": rows}).splitlines()
+    assert lines[0].endswith("| `cudnn` | `flash_attn_4` |") and len(lines) == 5
+    assert lines[2] == "| 16,384, 32 x 120 | 3.54 / 12.7, 569 | - |"

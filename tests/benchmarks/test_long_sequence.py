@@ -170,6 +170,23 @@ def test_tables_and_plots(tmp_path):
     assert json.loads((tmp_path / "a" / "record.json").read_text())["rungs"][0]["longest"] == 64
 
 
+def test_the_ladder_is_put_together_from_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    record = ladder_record()
+    whole = dict(record["rungs"][0], name="alst-sdpa", ladder="alst", computed_layers=None, failed=None, because=None)
+    other = {"machine": ABOUT | {"commit": "def"}, "rungs": [whole]}
+    lines = report.markdown_ladder([record, other]).splitlines()
+    assert lines[2].startswith("| `flash`: + flash | 1 | 64 | 128, out of memory | 1.0 | 2.0 | 8 layers computed |")
+    assert lines[3].startswith("| `alst-sdpa`: + flash | 1 | 64 | not tried | 1.0 | 2.0 | 0.5 | 128 |")
+    assert lines[4] == "" and "commit abc" in lines[5] and "commit def" in lines[6]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, each in zip(files, (record, other), strict=True):
+        report.write(file, each)
+    plot = tmp_path / "ladder.png"
+    assert longest_sequence.main(["--redraw", ",".join(map(str, files)), "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_table_says_where_the_first_step_was_timed():
     later = report.with_rates(OK | STEPS, CONFIG, 1, 1e12)
     first = later | dict(timed_step=1, step_seconds=[0.5])

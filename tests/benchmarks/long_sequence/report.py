@@ -112,8 +112,37 @@ def markdown_lengths(records: list[dict]) -> str:
             figures = " | ".join(cells(case)[index] for _, index in columns)
             tokens = f"{case.get('batch_size', 1)} x {case['length']:,}" if of_batches else f"{case['length']:,}"
             rows.append(f"| `{line['name']}`: {line['says']}{layers} | {tokens} | {figures} |")
-    runs = [f"{machine_line(record['machine'])} | `{record['machine']['command']}`" for record in records]
-    return "\n".join([*rows, "", "\\\n".join(runs), ""])
+    return "\n".join([*rows, "", _runs(records), ""])
+
+
+def markdown_ladder(records: list[dict]) -> str:
+    """For a README: a line per rung of the records, in their order: the longest sequence, how it is known, and the
+    figures of a complete step there."""
+    columns = [column for column in HEADS if column not in ("method's TFLOP/s", "TFLOP/s/GPU")]
+    rows = ["| rung | GPUs | longest | failed at | " + " | ".join(columns) + " |", "|---" * (4 + len(columns)) + "|"]
+    for rung in (rung for record in records for rung in record["rungs"] if rung["longest"]):
+        at = next(case for case in rung["cases"] if case["length"] == rung["longest"])
+        shown = dict(zip(HEADS, cells(at), strict=True))
+        if rung["computed_layers"]:
+            shown |= dict.fromkeys(("s/step", "tokens/s", "MFU"), f"{rung['computed_layers']} layers computed")
+        failed = f"{rung['failed']:,}, {rung['because']}" if rung["failed"] else "not tried"
+        figures = " | ".join(shown[column] for column in columns)
+        rows.append(
+            f"| `{rung['name']}`: {rung['says']} | {rung['gpus']} | {rung['longest']:,} | {failed} | {figures} |"
+        )
+    return "\n".join([*rows, "", _runs(records), ""])
+
+
+def _runs(records):
+    return "\\\n".join(f"{machine_line(record['machine'])} | `{record['machine']['command']}`" for record in records)
+
+
+def together(records: list[dict]) -> dict:
+    """The rungs of several records as one, for a plot."""
+    cards = ", ".join(dict.fromkeys(record["machine"]["device"] for record in records))
+    commits = ", ".join(dict.fromkeys(record["machine"]["commit"] for record in records))
+    machine = records[0]["machine"] | {"device": cards, "commit": commits}
+    return {"machine": machine, "rungs": [rung for record in records for rung in record["rungs"]]}
 
 
 def _cases(line: dict) -> list[dict]:
@@ -121,10 +150,10 @@ def _cases(line: dict) -> list[dict]:
 
 
 def draw_ladder(record: dict, path: Path) -> None:
-    """Longest sequence per rung, and TFLOP/s of every length tried."""
+    """Longest sequence per rung, and TFLOP/s of every length tried, where all layers were computed."""
     pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
     rungs = record["rungs"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, max(5, 0.35 * len(rungs))), layout="constrained")
     colours = {"mask": "C0", "flash": "C1", "alst": "C2"}
     labels = {"mask": "explicit mask", "flash": "no explicit mask", "alst": "DeepSpeed's ALST path"}
     for ladder, colour in colours.items():
@@ -132,12 +161,18 @@ def draw_ladder(record: dict, path: Path) -> None:
         left.barh(at, [rungs[i]["longest"] / 1024 for i in at], color=colour, label=labels[ladder])
         for i in at:
             line = sorted((c["length"] / 1024, c["tflops"]) for c in rungs[i]["cases"] if c["status"] == "ok")
-            if line:
+            if line and not rungs[i]["computed_layers"]:
                 right.plot(*zip(*line, strict=True), "o-", color=colour, alpha=0.7)
                 right.annotate(rungs[i]["name"], line[-1], fontsize="x-small")
-    left.set_yticks(range(len(rungs)), [rung["name"] for rung in rungs], fontsize="small")
+    names = [
+        rung["name"] + (f" [{rung['computed_layers']} layers]" if rung["computed_layers"] else "") for rung in rungs
+    ]
+    left.set_yticks(range(len(rungs)), names, fontsize="small")
     left.invert_yaxis()
-    left.set(xlabel="longest sequence, 1024 tokens", title="How long a sequence trains")
+    for i, rung in enumerate(rungs):
+        left.text(rung["longest"] / 1024, i, f" {rung['longest']:,}", va="center", fontsize="x-small")
+    left.set(xscale="log", xlabel="longest sequence, 1024 tokens", title="How long a sequence trains")
+    left.margins(x=0.15)
     left.legend(fontsize="small")
     right.set(
         xscale="log", xlabel="1024 tokens", ylabel="TFLOP/s per GPU (causal, no recomputation)", title="How fast"
