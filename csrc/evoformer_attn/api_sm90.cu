@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Hopper kernels' entry points; the same arguments and results as those of api.cu.
 #include "entry.h"
-#include "sm90/dpair_plan.h"
+#include "sm90/bwd_plan.h"
 #include "sm90/launch.h"
 #include "sm90/tensor_maps.h"
 
@@ -22,6 +22,20 @@ int64_t num_forward_items(const KernelParams& p) {
            ceil_div(p.rows_per_group, sm90_rows_per_block(p.head_dim)) * p.heads * p.num_groups;
 }
 
+bool takes_dqkv(const KernelParams& p) {
+    int32_t num_sms = 0;
+    return count_multiprocessors(&num_sms) == cudaSuccess && takes_dqkv(p, num_sms);
+}
+
+// What the blocks of the kernel of dQ, dK and dV keep between two passes over the keys.
+int64_t dq_scratch_elements(const KernelParams& p) {
+    int32_t num_sms = 0;
+    if (count_multiprocessors(&num_sms) != cudaSuccess || !takes_dqkv(p, num_sms)) return 0;
+    if (p.k_len <= dqkv_warpgroups(p.head_dim, p.k_len) * kTileRows) return 0;
+    const int padded_head_dim = p.head_dim <= 16 ? 16 : p.head_dim <= 32 ? 32 : 64;
+    return static_cast<int64_t>(num_sms) * p.q_len_padded * padded_head_dim;
+}
+
 Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_t* workspace_bytes) {
     Sm90Params p{};
     static_cast<KernelParams&>(p) = basic_kernel_params(params);
@@ -38,6 +52,7 @@ Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_
         const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.heads * p.q_len_padded;
         p.query_aux = cursor.take<uint4>(vectors);
         take_gated_d_o(p, cursor);
+        p.dq_scratch = cursor.take<float>(dq_scratch_elements(p));
     } else {
         const int64_t items = num_forward_items(p);
         p.num_items = static_cast<int32_t>(items);
@@ -83,7 +98,7 @@ extern "C" int64_t ds4sci_evoformer_sm90_workspace_bytes(const EvoformerParams* 
 }
 
 extern "C" int32_t ds4sci_evoformer_sm90_dpair_splits(const EvoformerParams* params, int32_t num_sms) {
-    return params->pair_bias == nullptr ? 1 : DpairPlan::of(basic_kernel_params(*params), num_sms).splits;
+    return params->pair_bias == nullptr ? 1 : dpair_shares(basic_kernel_params(*params), num_sms);
 }
 
 extern "C" int32_t ds4sci_evoformer_sm90_fwd(const EvoformerParams* params) {
@@ -107,7 +122,7 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
     if (params->dpair_out != nullptr && params->dpair_bias == nullptr && params->dpair_splits != 1)
         return kInvalidArgument;
     Sm90Params p = make_sm90_params(*params, true, nullptr);
-    bool wants_dpair = p.dpair_bias != nullptr || p.dpair_out != nullptr, wants_dq = p.dq != nullptr;
+    const bool wants_dpair = p.dpair_bias != nullptr || p.dpair_out != nullptr;
     if (wants_dpair && p.dpair_splits > p.rows_per_group) return kInvalidArgument;  // a share would have no rows
     return DS4SCI_SM90_DTYPE_SWITCH(p.dtype, [&] {
         return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
@@ -115,24 +130,21 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
             read_gated_d_o(p);
             if (status == cudaSuccess) status = encode_maps(p, kHeadDim);
             p.follows_prepare = true;
-            if constexpr (kHeadDim <= 32) {
-                int32_t num_sms = 0;
-                if (status == cudaSuccess && wants_dpair) status = count_multiprocessors(&num_sms);
-                if (status == cudaSuccess && wants_dpair && DpairPlan::of(p, num_sms).with_dq) {
-                    status = run_sm90_bwd_dq_dpair<T, kHeadDim>(p);
-                    p.follows_prepare = wants_dpair = wants_dq = false;
-                }
-            }
             if (status == cudaSuccess && wants_dpair) {
                 status = run_sm90_bwd_dpair<T, kHeadDim>(p);
                 p.follows_prepare = false;
             }
-            if (status == cudaSuccess && wants_dq) {
-                status = run_sm90_bwd_dq<T, kHeadDim>(p);
-                p.follows_prepare = false;
+            if (takes_dqkv(p)) {
+                if (status == cudaSuccess) status = encode_half_maps(p, kHeadDim);
+                if (status == cudaSuccess) status = run_sm90_bwd_dqkv<T, kHeadDim>(p);
+            } else {
+                if (status == cudaSuccess && p.dq != nullptr) {
+                    status = run_sm90_bwd_dq<T, kHeadDim>(p);
+                    p.follows_prepare = false;
+                }
+                if (status == cudaSuccess && (p.dk != nullptr || p.dmask_bias != nullptr))
+                    status = run_sm90_bwd_dkv<T, kHeadDim>(p);
             }
-            if (status == cudaSuccess && (p.dk != nullptr || p.dmask_bias != nullptr))
-                status = run_sm90_bwd_dkv<T, kHeadDim>(p);
             if (status == cudaSuccess) status = finish_dpair(p);
             return static_cast<int32_t>(status);
         });

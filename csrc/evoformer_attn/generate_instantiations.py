@@ -10,7 +10,7 @@ from pathlib import Path
 HEAD_DIMS = (16, 32, 48, 64, 128)
 DTYPES = {"fp16": "fp16", "bf16": "bf16", "fp32": "float"}
 KERNELS = ("fwd", "bwd_dq", "bwd_dkv", "bwd_dpair")
-SM90_HEAD_DIMS = {**dict.fromkeys(KERNELS, (16, 32, 64)), "bwd_dq_dpair": (16, 32)}
+SM90_KERNELS, SM90_HEAD_DIMS = (*KERNELS, "bwd_dqkv"), (16, 32, 64)
 SM90_DTYPES = {"fp16": "fp16", "bf16": "bf16"}
 
 
@@ -23,8 +23,8 @@ def instantiations() -> dict[str, str]:
             files[f"{kernel}_{name}.cu"] = _file("sm80/launch.cuh", (f"run_evoformer_{kernel}",), arguments)
     files["prepare_sm90.cu"] = _file("sm90/launch.cuh", ("run_sm90_prepare",), SM90_DTYPES.values(), "Sm90Params")
     for name, element in SM90_DTYPES.items():
-        for kernel, head_dims in SM90_HEAD_DIMS.items():
-            arguments = [f"{element}, {head_dim}" for head_dim in head_dims]
+        arguments = [f"{element}, {head_dim}" for head_dim in SM90_HEAD_DIMS]
+        for kernel in SM90_KERNELS:
             files[f"{kernel}_{name}_sm90.cu"] = _file(
                 "sm90/launch.cuh", (f"run_sm90_{kernel}",), arguments, "Sm90Params"
             )

@@ -68,12 +68,12 @@ VARIANTS = (
     Small(rows=420, q_len=17, k_len=17, pair="none"),
     Small(rows=420, q_len=17, k_len=17, head_dim=64),
     Small(rows=420, q_len=17, k_len=17, head_dim=64, pair="none", mask="bool"),
-    # clusters of blocks
-    Small(rows=3, k_len=250, heads=20),
-    Small(rows=6, k_len=300, heads=13, head_dim=16),
-    Small(rows=9, k_len=500, heads=10),
-    Small(rows=13, q_len=300, k_len=250, heads=20, head_dim=16),
-    Small(rows=4, k_len=700, heads=8),
+    # dQ, dK and dV at once: enough items, three and four warpgroups, one pass over the keys and more
+    Small(rows=13, heads=10, k_len=180),
+    Small(rows=26, heads=10, k_len=250, q_len=70),
+    Small(rows=13, heads=10, k_len=321, head_dim=16),
+    Small(rows=26, heads=10, k_len=500, q_len=70, pair="none"),
+    Small(rows=26, heads=10, k_len=330, q_len=70, head_dim=64),
 )
 
 

@@ -3,9 +3,9 @@
 #pragma once
 #include "sm90/bwd_dkv_kernel.cuh"
 #include "sm90/bwd_dpair_kernel.cuh"
-#include "sm90/bwd_dq_dpair_kernel.cuh"
 #include "sm90/bwd_dq_kernel.cuh"
-#include "sm90/dpair_plan.h"
+#include "sm90/bwd_dqkv_kernel.cuh"
+#include "sm90/bwd_plan.h"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/launch.h"
 #include "sm90/prepare_kernel.cuh"
@@ -19,8 +19,8 @@ cudaError_t launch_persistent(void (*kernel)(Sm90Params, Arguments...), int64_t 
     int num_sms = 0;
     const cudaError_t status = count_multiprocessors(&num_sms);
     if (status != cudaSuccess) return status;
-    // The last item of a block and one step further.
-    if (num_items > 2147483647 - num_sms) return cudaErrorInvalidConfiguration;
+    // The last item of a block and two steps further.
+    if (num_items > 2147483647 - 2 * num_sms) return cudaErrorInvalidConfiguration;
     Sm90Params counted = p;
     counted.num_items = static_cast<int32_t>(num_items);
     return launch_overlapping(kernel, {num_items < num_sms ? num_items : num_sms, Tile::kThreads, Tile::kSmemBytes},
@@ -80,6 +80,23 @@ cudaError_t run_sm90_bwd_dkv(const Sm90Params& p) {
                                   : launch_sm90_bwd_dkv<T, kHeadDim, false>(p);
 }
 
+template <typename T, int kHeadDim, int kConsumers, bool kPair>
+cudaError_t launch_sm90_bwd_dqkv(const Sm90Params& p) {
+    using Tile = Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>;
+    const int64_t num_items = static_cast<int64_t>(p.rows_per_group) * p.heads * p.num_groups;
+    return launch_persistent<Tile>(&evoformer_sm90_bwd_dqkv_kernel<T, kHeadDim, kConsumers, kPair>, num_items, p);
+}
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_dqkv(const Sm90Params& p) {
+    if constexpr (kHeadDim <= 32) {
+        if (dqkv_warpgroups(kHeadDim, p.k_len) == 4)
+            return p.pair_bias != nullptr ? launch_sm90_bwd_dqkv<T, kHeadDim, 4, true>(p)
+                                          : launch_sm90_bwd_dqkv<T, kHeadDim, 4, false>(p);
+    }
+    return p.pair_bias != nullptr ? launch_sm90_bwd_dqkv<T, kHeadDim, 3, true>(p)
+                                  : launch_sm90_bwd_dqkv<T, kHeadDim, 3, false>(p);
+}
+
 template <typename T, int kHeadDim>
 cudaError_t run_sm90_bwd_dpair(const Sm90Params& p) {
     using Tile = Sm90BwdDpairTile<kHeadDim>;
@@ -88,30 +105,6 @@ cudaError_t run_sm90_bwd_dpair(const Sm90Params& p) {
     return launch_overlapping(&evoformer_sm90_bwd_dpair_kernel<T, kHeadDim>,
                               {tiles * p.heads * p.num_groups * p.dpair_splits, Tile::kThreads, Tile::kSmemBytes},
                               p.stream, p);
-}
-
-template <typename T, int kHeadDim, int kBlocks>
-cudaError_t launch_sm90_bwd_dq_dpair(const Sm90Params& p) {
-    using Tile = Sm90BwdDqDpairTile<kHeadDim>;
-    const int64_t clusters =
-        static_cast<int64_t>(ceil_div(p.q_len, Tile::kPositions)) * p.heads * p.num_groups * p.dpair_splits;
-    return launch_overlapping(&evoformer_sm90_bwd_dq_dpair_kernel<T, kHeadDim, kBlocks>,
-                              {clusters, Tile::kThreads, Tile::kSmemBytes, kBlocks}, p.stream, p);
-}
-template <typename T, int kHeadDim>
-cudaError_t run_sm90_bwd_dq_dpair(const Sm90Params& p) {
-    switch (dq_dpair_cluster(p.k_len)) {
-        case 2:
-            return launch_sm90_bwd_dq_dpair<T, kHeadDim, 2>(p);
-        case 3:
-            return launch_sm90_bwd_dq_dpair<T, kHeadDim, 3>(p);
-        case 4:
-            return launch_sm90_bwd_dq_dpair<T, kHeadDim, 4>(p);
-        case 6:
-            return launch_sm90_bwd_dq_dpair<T, kHeadDim, 6>(p);
-        default:
-            return cudaErrorInvalidValue;
-    }
 }
 
 }  // namespace ds4sci

@@ -23,8 +23,8 @@ cudaError_t run_sm90_bwd_dq(const Sm90Params& p);
 template <typename T, int kHeadDim>
 cudaError_t run_sm90_bwd_dkv(const Sm90Params& p);
 template <typename T, int kHeadDim>
-cudaError_t run_sm90_bwd_dpair(const Sm90Params& p);
+cudaError_t run_sm90_bwd_dqkv(const Sm90Params& p);
 template <typename T, int kHeadDim>
-cudaError_t run_sm90_bwd_dq_dpair(const Sm90Params& p);
+cudaError_t run_sm90_bwd_dpair(const Sm90Params& p);
 
 }  // namespace ds4sci

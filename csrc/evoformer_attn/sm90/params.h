@@ -43,6 +43,7 @@ struct Sm90Params : KernelParams {
     float* pair_ref_columns;
     uint4* key_aux;      // [mask_batch, mask_rows, k_len_padded]; [1, 1, k_len_padded] without a mask
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]
+    float* dq_scratch;   // backward: [blocks, q_len_padded, padded head dim], a block's sums between two passes
     uint32_t* row_kept;  // forward: [mask_batch, mask_rows], whether the mask keeps any key
     uint32_t* redo;      // forward: [1 + items]: how the static softmax tells the online one what it could not hold
     // The kernel launched before is the one that prepares the operands. Else it is a sibling that has waited for that

@@ -18,13 +18,6 @@ constexpr uint32_t kSmemBase = 1024;
 DS4SCI_DEVICE void check_smem_base(const void* smem) {
     if (smem_address(smem) != kSmemBase) __trap();
 }
-// In a block of a cluster: what turns an address from kSmemBase on into one for everything but wgmma, since a small
-// address is the first block's there.
-DS4SCI_DEVICE uint32_t cluster_window(const void* smem) {
-    const uint32_t address = smem_address(smem);
-    if ((address & 0xffffff) != kSmemBase) __trap();
-    return address - kSmemBase;
-}
 
 // ---- mbarrier ----
 DS4SCI_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -49,16 +42,6 @@ DS4SCI_DEVICE void mbarrier_arrive_if(uint32_t barrier, bool condition) {
 // One arrival; the phase also waits for `bytes` written by the copy engine.
 DS4SCI_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-DS4SCI_DEVICE void mbarrier_arrive_expect_if(uint32_t barrier, uint32_t bytes, bool condition) {
-    asm volatile(
-        "{\n"
-        ".reg .pred P;\n"
-        "setp.ne.u32 P, %2, 0;\n"
-        "@P mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"
-        "}" ::"r"(barrier),
-        "r"(bytes), "r"(static_cast<uint32_t>(condition))
-        : "memory");
 }
 DS4SCI_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -155,6 +138,15 @@ DS4SCI_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
                  : "memory");
 }
 
+// Four sums of this thread's alone, in memory that the L2 holds.
+DS4SCI_DEVICE void load_cached(float (&x)[4], const float* src) {
+    const float4 found = __ldcg(reinterpret_cast<const float4*>(src));
+    x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
+}
+DS4SCI_DEVICE void store_cached(float* dst, const float (&x)[4]) {
+    __stcg(reinterpret_cast<float4*>(dst), make_float4(x[0], x[1], x[2], x[3]));
+}
+
 // The same value, of unknown origin to the compiler: kept in a register rather than computed again.
 DS4SCI_DEVICE uint32_t kept(uint32_t x) {
     asm volatile("" : "+r"(x));
@@ -185,18 +177,6 @@ DS4SCI_DEVICE uint32_t lds_u32(uint32_t address) {
     return x;
 }
 
-// One instruction, as mbarrier_arrive_if.
-DS4SCI_DEVICE void store_global_if(void* dst, uint32_t x, bool condition) {
-    asm volatile(
-        "{\n"
-        ".reg .pred P;\n"
-        "setp.ne.u32 P, %2, 0;\n"
-        "@P st.global.u32 [%0], %1;\n"
-        "}" ::"l"(dst),
-        "r"(x), "r"(static_cast<uint32_t>(condition))
-        : "memory");
-}
-
 // ---- kernels that overlap ----
 // Until every kernel launched before in the stream is complete and its results are visible.
 DS4SCI_DEVICE void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -205,44 +185,6 @@ DS4SCI_DEVICE void wait_for_previous_kernels() { asm volatile("griddepcontrol.wa
 DS4SCI_DEVICE void see_what_is_complete() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // The next kernel may start where this one leaves multiprocessors free.
 DS4SCI_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// ---- clusters ----
-// All threads of all blocks of the cluster.
-DS4SCI_DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-// Where a block's shared memory lies for the cluster. Addresses within it keep their distances.
-DS4SCI_DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
-    uint32_t remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    return remote;
-}
-// Written without waiting; counts as bytes written on `barrier`, of the same block as `dst`.
-template <int kWords>
-DS4SCI_DEVICE void cluster_store(uint32_t dst, const float (&x)[kWords], uint32_t barrier) {
-    static_assert(kWords == 2 || kWords == 4, "8 or 16 bytes");
-    if constexpr (kWords == 4) {
-        asm volatile(
-            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(dst),
-            "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(barrier)
-            : "memory");
-    } else {
-        asm volatile(
-            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(dst),
-            "f"(x[0]), "f"(x[1]), "r"(barrier)
-            : "memory");
-    }
-}
-DS4SCI_DEVICE void cluster_store_if(uint32_t dst, uint32_t x, uint32_t barrier, bool condition) {
-    asm volatile(
-        "{\n"
-        ".reg .pred P;\n"
-        "setp.ne.u32 P, %3, 0;\n"
-        "@P st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];\n"
-        "}" ::"r"(dst),
-        "r"(x), "r"(barrier), "r"(static_cast<uint32_t>(condition))
-        : "memory");
-}
 
 // Hand registers from warpgroups that copy to warpgroups that compute.
 template <int kRegisters>
@@ -303,28 +245,29 @@ struct MatrixOperand {
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%"                                        \
     "20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
 
-// A and B in shared memory, A's rows contiguous along the summed axis. kAdd: adds to d, else replaces it. kTransposed:
-// B's rows are contiguous along n instead of along k.
-#define DS4SCI_WGMMA_SS(N, FORMAT, A, B, ADD, TRANSPOSED)                                                             \
+// A and B in shared memory. kAdd: adds to d, else replaces it. kTransposed: B's rows are contiguous along n instead of
+// along k; kTransposedA: A's along m.
+#define DS4SCI_WGMMA_SS(N, FORMAT, A, B, ADD, TRANSPOSED_A, TRANSPOSED)                                               \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FORMAT " " DS4SCI_REGISTERS_N##N                   \
-                 ",%" #A ",%" #B ",%" #ADD ",1,1,0,%" #TRANSPOSED ";"                                                 \
+                 ",%" #A ",%" #B ",%" #ADD ",1,1,%" #TRANSPOSED_A ",%" #TRANSPOSED ";"                                \
                  : DS4SCI_ACC_N##N(d)                                                                                 \
-                 : "l"(a.bits()), "l"(b.bits()), "n"(kAdd ? 1 : 0), "n"(kTransposed ? 1 : 0))
-template <typename T, bool kAdd, bool kTransposed, int kTiles>
+                 : "l"(a.bits()), "l"(b.bits()), "n"(kAdd ? 1 : 0), "n"(kTransposedA ? 1 : 0),                        \
+                   "n"(kTransposed ? 1 : 0))
+template <typename T, bool kAdd, bool kTransposed, bool kTransposedA = false, int kTiles>
 DS4SCI_DEVICE void wgmma_ss(float (&d)[kTiles][4], MatrixOperand a, MatrixOperand b) {
     static_assert(kTiles == 2 || kTiles == 4 || kTiles == 8, "n is 16, 32 or 64");
     if constexpr (kTiles == 2 && kIsBf16<T>) {
-        DS4SCI_WGMMA_SS(16, "bf16.bf16", 8, 9, 10, 11);
+        DS4SCI_WGMMA_SS(16, "bf16.bf16", 8, 9, 10, 11, 12);
     } else if constexpr (kTiles == 2) {
-        DS4SCI_WGMMA_SS(16, "f16.f16", 8, 9, 10, 11);
+        DS4SCI_WGMMA_SS(16, "f16.f16", 8, 9, 10, 11, 12);
     } else if constexpr (kTiles == 4 && kIsBf16<T>) {
-        DS4SCI_WGMMA_SS(32, "bf16.bf16", 16, 17, 18, 19);
+        DS4SCI_WGMMA_SS(32, "bf16.bf16", 16, 17, 18, 19, 20);
     } else if constexpr (kTiles == 4) {
-        DS4SCI_WGMMA_SS(32, "f16.f16", 16, 17, 18, 19);
+        DS4SCI_WGMMA_SS(32, "f16.f16", 16, 17, 18, 19, 20);
     } else if constexpr (kIsBf16<T>) {
-        DS4SCI_WGMMA_SS(64, "bf16.bf16", 32, 33, 34, 35);
+        DS4SCI_WGMMA_SS(64, "bf16.bf16", 32, 33, 34, 35, 36);
     } else {
-        DS4SCI_WGMMA_SS(64, "f16.f16", 32, 33, 34, 35);
+        DS4SCI_WGMMA_SS(64, "f16.f16", 32, 33, 34, 35, 36);
     }
 }
 
@@ -369,7 +312,6 @@ DS4SCI_DEVICE void wgmma_rs(float (&d)[kTiles][4], const uint32_t (&a)[4], Matri
 struct LaunchShape {
     int64_t blocks;
     int threads, smem_bytes;
-    int cluster = 1;  // blocks along y, which form a cluster; `blocks` counts along x
 };
 
 // Into the stream, to start before the kernels ahead of it are complete: it waits for them itself.
@@ -380,18 +322,16 @@ cudaError_t launch_overlapping(void (*kernel)(Params, Arguments...), const Launc
     const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes);
     if (status != cudaSuccess) return status;
-    cudaLaunchAttribute attributes[2]{};
+    cudaLaunchAttribute attributes[1]{};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {1, static_cast<unsigned>(shape.cluster), 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.blocks), shape.cluster);
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
     config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.smem_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    config.numAttrs = shape.cluster > 1 ? 2 : 1;
+    config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, params, arguments...);
 }
 

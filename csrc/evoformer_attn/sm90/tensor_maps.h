@@ -57,10 +57,18 @@ cudaError_t encode_map(CUtensorMap* map, int32_t dtype, const void* data, const 
 }
 
 inline cudaError_t encode_rows(CUtensorMap* map, const KernelParams& p, const void* data, const RowStrides& stride,
-                               int length, int padded_head_dim) {
+                               int length, int padded_head_dim, int box_rows = kTileRows) {
     const MapAxis axes[] = {
         {p.head_dim, 1}, {length, stride.l}, {p.heads, stride.h}, {p.rows, stride.n}, {p.batch, stride.b}};
-    return encode_map(map, p.dtype, data, axes, padded_head_dim, kTileRows);
+    return encode_map(map, p.dtype, data, axes, padded_head_dim, box_rows);
+}
+
+// Nothing to encode without a pair bias.
+inline cudaError_t encode_pair(CUtensorMap* map, const KernelParams& p, int box_rows = kTileRows) {
+    if (p.pair_bias == nullptr) return cudaSuccess;
+    const MapAxis axes[] = {
+        {p.k_len, 1}, {p.q_len, p.pair_stride_q}, {p.pair_heads, p.pair_stride_h}, {p.pair_batch, p.pair_stride_b}};
+    return encode_map(map, p.dtype, p.pair_bias, axes, 64, box_rows);
 }
 
 // Of a result, which is contiguous; nothing to encode if it is null.
@@ -84,13 +92,7 @@ inline cudaError_t encode_maps(Sm90Params& p, int padded_head_dim) {
     if (status == cudaSuccess) status = encode_rows(&p.v_map, p, p.v, p.v_stride, p.k_len, padded_head_dim);
     if (status == cudaSuccess && p.d_o != nullptr)
         status = encode_rows(&p.d_o_map, p, p.d_o, p.d_o_stride, p.q_len, padded_head_dim);
-    if (status == cudaSuccess && p.pair_bias != nullptr) {
-        const MapAxis axes[] = {{p.k_len, 1},
-                                {p.q_len, p.pair_stride_q},
-                                {p.pair_heads, p.pair_stride_h},
-                                {p.pair_batch, p.pair_stride_b}};
-        status = encode_map(&p.pair_map, p.dtype, p.pair_bias, axes, 64, kTileRows);
-    }
+    if (status == cudaSuccess) status = encode_pair(&p.pair_map, p);
     if (p.d_o == nullptr) {
         if (status == cudaSuccess) status = encode_result(&p.o_map, p, p.o, p.q_len, padded_head_dim);
     } else {
@@ -98,6 +100,16 @@ inline cudaError_t encode_maps(Sm90Params& p, int padded_head_dim) {
         if (status == cudaSuccess) status = encode_result(&p.dk_map, p, p.dk, p.k_len, padded_head_dim);
         if (status == cudaSuccess) status = encode_result(&p.dv_map, p, p.dv, p.k_len, padded_head_dim);
     }
+    return status;
+}
+
+// What the kernel of dQ, dK and dV reads, which takes 32 queries at a time.
+inline cudaError_t encode_half_maps(Sm90Params& p, int padded_head_dim) {
+    constexpr int kRows = kTileRows / 2;
+    cudaError_t status = encode_rows(&p.q_map, p, p.q, p.q_stride, p.q_len, padded_head_dim, kRows);
+    if (status == cudaSuccess)
+        status = encode_rows(&p.d_o_map, p, p.d_o, p.d_o_stride, p.q_len, padded_head_dim, kRows);
+    if (status == cudaSuccess) status = encode_pair(&p.pair_map, p, kRows);
     return status;
 }
 

@@ -6,6 +6,8 @@
 // its products, the exponentials of the others keep the special function unit busy. Blocks of 128 positions halve what
 // K and V (Q and dO) cost in L2 traffic; the rows of a block share the tiles of the pair bias.
 #pragma once
+#include <cstddef>
+
 #include "sm90/tile.h"
 
 namespace ds4sci {
@@ -202,34 +204,85 @@ struct Sm90BwdDpairTile : BlockShape<4> {
     static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
 };
 
-// dQ and d(pair_bias) at once: a block owns 128 queries x 128 keys as above, beside others of the same queries, one
-// for every 128 keys. Two warpgroups have 64 queries each and all the block's keys, so that what does not change from
-// row to row stays in registers and shared memory is read little, which is what limits the kernel. dS goes through
-// shared memory, 64 keys at a time, to a third warpgroup, which multiplies it by K, sends its sums over the block's
-// keys to the blocks that own them and adds up those that it receives; it also copies.
-template <int kHeadDim>
-struct Sm90BwdDqDpairTile {
-    static_assert(kHeadDim <= 32, "shared memory holds no more");
-    static constexpr int kConsumerWarps = 8, kReducerWarps = 4, kThreads = 384;
-    static constexpr int kConsumerRegisters = 208, kReducerRegisters = 88;
-    using Stage = Sm90BwdDpairTile<kHeadDim>;
-    static constexpr int kPositions = Stage::kPositions, kTileBytes = Stage::kTileBytes;
-    static constexpr int kStages = kHeadDim == 32 ? 3 : 5;
-    // dS: slots of 128 queries x 64 keys, in tiles of 64 x 32: first the two of the first 32 keys.
-    static constexpr int kDsTileBytes = RowTile<32>::kBytes, kDsSlotBytes = 4 * kDsTileBytes, kDsSlots = 4;
-    static constexpr int kDsOffset = kSmemBase + kStages * Stage::kStageBytes;
-    // What was received of one row, twice: 128 x kHeadDim sums, and more where they do not divide evenly by the
-    // blocks.
-    static constexpr int kReceivedBytes = (kHeadDim == 32 ? 18 : 12) * 1024;
-    static constexpr int kReceivedOffset = kDsOffset + kDsSlots * kDsSlotBytes;
-    // The bias of the last 32 keys, which the registers do not hold: 32 bytes of each thread.
-    static constexpr int kBiasOffset = kReceivedOffset + 2 * kReceivedBytes,
-                         kBiasChunkBytes = kConsumerWarps * 32 * 16;
-    static constexpr int kCreditOffset = kBiasOffset + 2 * kBiasChunkBytes;
-    static constexpr int kBarrierOffset = kCreditOffset + 2 * 8 * 4;
-    static constexpr int kBarriers = kStages + 2 * 2 + 2 * kDsSlots;
+// dQ, dK and dV at once: a block owns a row of one head, goes through its keys 64 a warpgroup at a time, and runs over
+// the queries for each. One more warpgroup computes dQ, and copies. kConsumers is 3 or 4, whichever leaves fewer
+// warpgroups without keys.
+template <int kHeadDim, int kConsumers, bool kPair>
+struct Sm90BwdDqkvTile {
+    static_assert(kConsumers == 3 || kConsumers == 4, "three or four warpgroups compute");
+    static constexpr int kConsumerWarps = kConsumers * 4, kReducerWarps = 4, kThreads = kConsumers * 128 + 128;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 144 : 104,
+                         kReducerRegisters = kConsumers == 3 ? 80 : 64;
+    static constexpr int kKeys = kConsumers * kTileRows;  // of a pass
+    static constexpr bool kRefsByMatrix = kHeadDim <= kColumnRefsHeadDim;
+    static constexpr bool kInRegisters = kConsumers == 3 && kHeadDim <= 32;  // K and V as first operands
+    static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
+    // A stage, of 32 queries: the bias, Q, dO, the query side of the auxiliary product, the bias's row references.
+    static constexpr int kHalfRows = kTileRows / 2, kHalfBytes = kTileBytes / 2, kBiasHalfBytes = kBiasTileBytes / 2;
+    static constexpr int kHalfAuxBytes = kAuxTileBytes / 2, kHalfRefsBytes = kHalfRows * 4;
+    static constexpr int kQueryOffset = kPair ? kConsumers * kBiasHalfBytes : 0, kDOOffset = kQueryOffset + kHalfBytes,
+                         kAuxOffset = kDOOffset + kHalfBytes, kRefsOffset = kAuxOffset + kHalfAuxBytes;
+    static constexpr int kStageBytes = round_up(kRefsOffset + (kPair ? kHalfRefsBytes : 0), kSmemAlignment);
+    static constexpr int kStages = kHeadDim == 64 ? 3 : 4;
+    // Twice, of each warpgroup: K, V, the key side of the auxiliary product.
+    static constexpr int kOwnAuxOffset = 2 * kTileBytes, kOwnBytes = kOwnAuxOffset + kAuxTileBytes;
+    static constexpr int kKeyBuffers = 2, kKeysOffset = kSmemBase + kStages * kStageBytes;
+    // dS^T: slots of 64 queries and a tile for each warpgroup.
+    static constexpr int kSlots = 2, kSlotBytes = kConsumers * RowTile<64>::kBytes;
+    static constexpr int kDsOffset = kKeysOffset + kKeyBuffers * kConsumers * kOwnBytes;
+    static constexpr int kStagingOffset = kDsOffset + kSlots * kSlotBytes;  // of dQ, on its way out
+    // A record is read at the end of its pass, when the keys of the one after the next may be there already.
+    static constexpr int kRecords = 4;
+    static constexpr int kRecordOffset = kStagingOffset + kTileBytes, kRecordBytes = sizeof(ItemRecord);
+    static constexpr int kBarrierOffset = kRecordOffset + kRecords * kConsumers * kRecordBytes;
+    static constexpr int kBarriers = kStages + kKeyBuffers + 3 * kSlots;
     static constexpr int kSmemBytes = kBarrierOffset + kBarriers * 8 - kSmemBase;
     static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
+    static_assert(kSmemBase + kSmemBytes <= 1 << 18, "an operand holds 14 bits of 16-byte units of an address");
+
+    static DS4SCI_DEVICE uint32_t stage(int index) { return kSmemBase + index * kStageBytes; }
+    static DS4SCI_DEVICE Ring<kStages> ring() { return {static_cast<uint32_t>(kBarrierOffset)}; }
+    static DS4SCI_DEVICE Ring<kKeyBuffers> key_ring() { return {static_cast<uint32_t>(kBarrierOffset + kStages * 8)}; }
+    static DS4SCI_DEVICE uint32_t own_tiles(int warpgroup, int buffer) {
+        return kKeysOffset + (buffer * kConsumers + warpgroup) * kOwnBytes;
+    }
+    // Number of a pass, modulo kRecords.
+    static DS4SCI_DEVICE int sequence(const Ring<kKeyBuffers>& keys) { return keys.phase * kKeyBuffers + keys.stage; }
+    static DS4SCI_DEVICE uint32_t record(int warpgroup, int sequence) {
+        return kRecordOffset + (sequence * kConsumers + warpgroup) * kRecordBytes;
+    }
+    static DS4SCI_DEVICE uint32_t record_valid(int warpgroup, int sequence) {
+        return record(warpgroup, sequence) + offsetof(ItemRecord, valid);
+    }
+    static DS4SCI_DEVICE uint32_t ds_slot(int slot) { return kDsOffset + slot * kSlotBytes; }
+    // Both halves of a slot are there; it is free.
+    static DS4SCI_DEVICE uint32_t ds_full(int slot, int half) {
+        return kBarrierOffset + (kStages + kKeyBuffers + slot * 2 + half) * 8;
+    }
+    static DS4SCI_DEVICE uint32_t ds_empty(int slot) {
+        return kBarrierOffset + (kStages + kKeyBuffers + 2 * kSlots + slot) * 8;
+    }
+    // By all threads, before anything else.
+    static DS4SCI_DEVICE void init(const void* smem, bool follows_prepare) {
+        check_smem_base(smem);
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < kStages; ++i) mbarrier_init(ring().barriers + i * 8, kPair ? 4 : 2);
+            for (int i = 0; i < kKeyBuffers; ++i) mbarrier_init(key_ring().barriers + i * 8, kConsumers);
+            for (int i = 0; i < kSlots; ++i) {
+                mbarrier_init(ds_full(i, 0), kConsumerWarps);
+                mbarrier_init(ds_full(i, 1), kConsumerWarps);
+                mbarrier_init(ds_empty(i), kReducerWarps);
+            }
+            mbarrier_init_fence();
+        }
+        if (follows_prepare) {
+            wait_for_previous_kernels();
+        } else {
+            see_what_is_complete();
+        }
+        let_next_kernel_start();
+        block_sync();
+    }
 };
 
 }  // namespace ds4sci

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernels the backward pass takes on Hopper, and how they share the work.
+#pragma once
+#include "kernel_params.h"
+
+namespace ds4sci {
+
+// Warpgroups with 64 keys each of the kernel that computes dQ, dK and dV at once: of three or four the number that
+// leaves fewer of them without keys.
+constexpr int dqkv_warpgroups(int head_dim, int k_len) {
+    if (head_dim > 32) return 3;  // registers
+    const int tiles = ceil_div(k_len, 64);
+    return ceil_div(tiles, 3) * 3 < ceil_div(tiles, 4) * 4 ? 3 : 4;
+}
+
+// Whether dQ, dK and dV come from one kernel, which saves a quarter of the time of two: its work items are the rows of
+// each head, and its warpgroups have all keys of one. Not where few of either leave much of the GPU idle.
+inline bool takes_dqkv(const KernelParams& p, int32_t num_sms) {
+    if (p.dq == nullptr || p.dk == nullptr || num_sms < 1) return false;
+    const int64_t items = static_cast<int64_t>(p.rows_per_group) * p.heads * p.num_groups;
+    const int64_t places = ceil_div<int64_t>(items, num_sms) * num_sms;
+    const int warpgroups = dqkv_warpgroups(p.head_dim, p.k_len), tiles = ceil_div(p.k_len, 64);
+    const double use =
+        static_cast<double>(items) / static_cast<double>(places) * tiles / (ceil_div(tiles, warpgroups) * warpgroups);
+    return use >= 0.7;
+}
+
+// Shares of the rows that d(pair_bias) is computed in: the fewest that keep nine tenths of the multiprocessors busy,
+// else those that keep the most; each costs an fp32 copy of the gradient, so at most 64 MiB of them.
+inline int32_t dpair_shares(const KernelParams& p, int32_t num_sms) {
+    constexpr int64_t kMaxCopyBytes = static_cast<int64_t>(64) << 20;
+    const int64_t units =
+        static_cast<int64_t>(ceil_div(p.q_len, 128)) * ceil_div(p.k_len, 128) * p.heads * p.num_groups;
+    const int64_t copy_bytes = dpair_elements(p) * 4;
+    int32_t best = 1;
+    double best_use = 0.;
+    for (int32_t shares = 1; shares <= 32 && shares <= p.rows_per_group; ++shares) {
+        if (shares > 1 && shares * copy_bytes > kMaxCopyBytes) break;
+        const int64_t waves = ceil_div<int64_t>(units * shares, num_sms);
+        const double use = static_cast<double>(units * shares) / static_cast<double>(waves * num_sms);
+        if (use > best_use) {
+            best = shares;
+            best_use = use;
+        }
+        if (best_use >= 0.9) break;
+    }
+    return best;
+}
+
+}  // namespace ds4sci
