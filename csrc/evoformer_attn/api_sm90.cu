@@ -40,6 +40,11 @@ Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_
     Sm90Params p{};
     static_cast<KernelParams&>(p) = basic_kernel_params(params);
     if (!backward) p.d_o = nullptr;
+    // What lies side by side in memory comes together, unless the bias of all heads at once would not stay in L2, of
+    // which a Hopper GPU has 50 MB, half of it close.
+    constexpr int64_t kResidentBiasBytes = static_cast<int64_t>(24) << 20;
+    const int64_t bias_bytes = static_cast<int64_t>(p.pair_heads) * p.q_len * p.k_len * p.pair_element_bytes();
+    p.heads_before_rows = p.pair_bias == nullptr || bias_bytes <= kResidentBiasBytes;
     WorkspaceCursor cursor{static_cast<unsigned char*>(params.workspace)};
     p.key_aux = cursor.take<uint4>(p.num_key_rows() * p.k_len_padded);
     if (p.pair_bias != nullptr) {

@@ -15,18 +15,6 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
     using Tile = Sm90BwdDpairTile<kHeadDim>;
     using Rows = RowTile<kHeadDim>;
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
-    check_smem_base(smem_base);
-    Ring<Tile::kStages> ring{static_cast<uint32_t>(Tile::kBarrierOffset)};
-    const uint32_t bias_barrier = ring.barriers + ring.kBytes;
-    if (threadIdx.x == 0) {
-        ring.init(ring.barriers, Tile::kConsumerWarps);
-        mbarrier_init(bias_barrier, 1);
-        mbarrier_init_fence();
-    }
-    wait_for_previous_kernels();
-    let_next_kernel_start();
-    block_sync();
-
     // Key blocks run fastest, so that blocks that run together share Q and dO in L2.
     const int num_k_blocks = ceil_div(p.k_len, Tile::kPositions), num_q_blocks = ceil_div(p.q_len, Tile::kPositions);
     uint32_t block = blockIdx.x;
@@ -39,6 +27,19 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
     const int group = block % p.num_groups, split = block / p.num_groups;
     const int first = static_cast<int64_t>(p.rows_per_group) * split / p.dpair_splits;
     const int last = static_cast<int64_t>(p.rows_per_group) * (split + 1) / p.dpair_splits;
+
+    check_smem_base(smem_base);
+    Ring<Tile::kStages> ring{static_cast<uint32_t>(Tile::kBarrierOffset)};
+    const uint32_t bias_barrier = ring.barriers + ring.kBytes;
+    if (threadIdx.x == 0) {
+        sts_u32(Tile::kLastOffset, last);
+        ring.init(ring.barriers, Tile::kConsumerWarps);
+        mbarrier_init(bias_barrier, 1);
+        mbarrier_init_fence();
+    }
+    wait_for_previous_kernels();
+    let_next_kernel_start();
+    block_sync();
 
     if (warp >= Tile::kConsumerWarps) {
         release_registers<Tile::kProducerRegisters>();
@@ -85,7 +86,26 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
         float sum[8][4];
         zero_bias(sum);
         mbarrier_wait(bias_barrier, 0);
-        for (int n = first; n < last; ++n) {
+        // What the bias adds is the same for all rows.
+        float biased[Tile::kBiasInRegisters ? 8 : 4][4];
+        auto add_bias = [&](float (&low_keys)[4], float (&high_keys)[4], uint32_t address) {
+            uint32_t bias[4];
+            ldmatrix_x4(bias, address);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const float2 low_bias = unpack2<T>(bias[2 * j]), high_bias = unpack2<T>(bias[2 * j + 1]);
+                const float b[4] = {low_bias.x, low_bias.y, high_bias.x, high_bias.y};
+                float (&of)[4] = j == 0 ? low_keys : high_keys;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) of[e] = fmaf(b[e], kBiasLog2E<T>, -ref[e / 2]);
+            }
+        };
+        if constexpr (Tile::kBiasInRegisters) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) add_bias(biased[2 * i], biased[2 * i + 1], bias_address ^ (i * 32));
+        }
+        // Where registers are scarce, shared memory keeps their number.
+        for (int n = first; n < (Tile::kBiasInRegisters ? static_cast<int>(lds_u32(Tile::kLastOffset)) : last); ++n) {
             const uint32_t offset = ring.stage * Tile::kStageBytes;
             ring.wait_full();
             const uint32_t low = lds_u32(query_aux + offset), high = lds_u32(query_aux + offset + 128);
@@ -105,26 +125,19 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
                                               keys.plus(Tile::kValueOffset - Tile::kKeyOffset));
                 wgmma_rs<bf16, false>(dp, dp_aux.words, key_aux);
                 wgmma_commit();
-                // What the bias adds, worked out while the products run.
-                float biased[4][4];
+                if constexpr (!Tile::kBiasInRegisters) {  // worked out while the products run
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    uint32_t bias[4];
-                    ldmatrix_x4(bias, bias_address ^ (part * 64 + i * 32));
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        const float2 low_bias = unpack2<T>(bias[2 * j]), high_bias = unpack2<T>(bias[2 * j + 1]);
-                        const float b[4] = {low_bias.x, low_bias.y, high_bias.x, high_bias.y};
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) biased[2 * i + j][e] = fmaf(b[e], kBiasLog2E<T>, -ref[e / 2]);
-                    }
+                    for (int i = 0; i < 2; ++i)
+                        add_bias(biased[2 * i], biased[2 * i + 1], bias_address ^ (part * 64 + i * 32));
                 }
                 wgmma_wait<1>();
                 wgmma_complete(s);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) s[j][e] = exp2_approx(fmaf(s[j][e], scale_log2, biased[j][e]));
+                    for (int e = 0; e < 4; ++e)
+                        s[j][e] = exp2_approx(
+                            fmaf(s[j][e], scale_log2, biased[(Tile::kBiasInRegisters ? part * 4 : 0) + j][e]));
                 }
                 wgmma_wait<0>();
                 wgmma_complete(dp);

@@ -198,9 +198,12 @@ struct Sm90BwdDpairTile : BlockShape<4> {
                          kKeyAuxOffset = kQueryAuxOffset + 2 * kAuxTileBytes;
     static constexpr int kStageBytes = kKeyAuxOffset + 2 * kAuxTileBytes;
     static constexpr int kStages = kHeadDim == 64 ? 2 : kHeadDim == 32 ? 5 : 8;
+    // Saves reads of shared memory, which limit the kernel except at head dim 16.
+    static constexpr bool kBiasInRegisters = kHeadDim > 16;
     static constexpr int kBiasOffset = kSmemBase + kStages * kStageBytes;
     static constexpr int kBarrierOffset = kBiasOffset + 4 * kBiasTileBytes;
-    static constexpr int kSmemBytes = kBarrierOffset + Ring<kStages>::kBytes + 8 - kSmemBase;
+    static constexpr int kLastOffset = kBarrierOffset + Ring<kStages>::kBytes + 8;  // the end of its rows
+    static constexpr int kSmemBytes = kLastOffset + 4 - kSmemBase;
     static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
 };
 
@@ -223,12 +226,16 @@ struct Sm90BwdDqkvTile {
     static constexpr int kQueryOffset = kPair ? kConsumers * kBiasHalfBytes : 0, kDOOffset = kQueryOffset + kHalfBytes,
                          kAuxOffset = kDOOffset + kHalfBytes, kRefsOffset = kAuxOffset + kHalfAuxBytes;
     static constexpr int kStageBytes = round_up(kRefsOffset + (kPair ? kHalfRefsBytes : 0), kSmemAlignment);
-    static constexpr int kStages = kHeadDim == 64 ? 3 : 4;
+    // As many as there is room for; two slots of dS are worth more than a fifth stage, except at head dim 64.
+    static constexpr int kStages = kHeadDim == 64    ? 4
+                                   : kConsumers == 4 ? (kHeadDim == 32 ? 4 : 6)
+                                   : kHeadDim == 32  ? 7
+                                                     : 8;
     // Twice, of each warpgroup: K, V, the key side of the auxiliary product.
     static constexpr int kOwnAuxOffset = 2 * kTileBytes, kOwnBytes = kOwnAuxOffset + kAuxTileBytes;
     static constexpr int kKeyBuffers = 2, kKeysOffset = kSmemBase + kStages * kStageBytes;
     // dS^T: slots of 64 queries and a tile for each warpgroup.
-    static constexpr int kSlots = 2, kSlotBytes = kConsumers * RowTile<64>::kBytes;
+    static constexpr int kSlots = kHeadDim == 64 ? 1 : 2, kSlotBytes = kConsumers * RowTile<64>::kBytes;
     static constexpr int kDsOffset = kKeysOffset + kKeyBuffers * kConsumers * kOwnBytes;
     static constexpr int kStagingOffset = kDsOffset + kSlots * kSlotBytes;  // of dQ, on its way out
     // A record is read at the end of its pass, when the keys of the one after the next may be there already.
