@@ -17,6 +17,11 @@ KEYS = (180, 250, 321, 512, 700)
 ROWS, HEADS = 13, 10  # work items for 130 of 132 multiprocessors
 
 
+def filled(head_dims):
+    """Above head dim 32 there are always three warpgroups, of which 250 keys would leave two of six idle."""
+    return [(keys, dim) for keys in KEYS for dim in head_dims if not (dim > 32 and keys == 250)]
+
+
 def shape_of(keys, head_dim, batch=1, rows=ROWS, queries=300):
     return AttentionShape(
         "filled", batch, rows, queries, keys, HEADS, head_dim, "enough rows and heads for one kernel"
@@ -31,8 +36,7 @@ def kernels_of(inputs) -> str:
 
 
 @pytest.mark.parametrize("dtype", (BF16, FP16))
-@pytest.mark.parametrize("head_dim", (8, 16, 24, 32, 40, 64))
-@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize(("keys", "head_dim"), filled((8, 16, 24, 32, 40, 64)))
 def test_every_number_of_passes(keys, head_dim, dtype):
     inputs = make_inputs(shape_of(keys, head_dim), dtype, "cuda", mask="minus_inf")
     assert "bwd_dqkv" in kernels_of(inputs), "the shape no longer reaches the kernel"
@@ -51,7 +55,7 @@ def test_masks_and_biases(mask, pair, keys):
 @pytest.mark.parametrize("queries", (1, 33, 64, 129))
 @pytest.mark.parametrize("head_dim", (16, 32, 64))
 def test_few_queries_and_more_items_than_blocks(head_dim, queries):
-    inputs = make_inputs(shape_of(391, head_dim, rows=53, queries=queries), BF16, "cuda", mask="additive")
+    inputs = make_inputs(shape_of(391, head_dim, rows=52, queries=queries), BF16, "cuda", mask="additive")
     assert "bwd_dqkv" in kernels_of(inputs)
     check_against_eager(inputs, "sm90")
 
@@ -64,8 +68,7 @@ def test_layouts_and_a_gate(layout):
     check_against_eager(inputs, "sm90")
 
 
-@pytest.mark.parametrize("head_dim", (16, 32, 64))
-@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize(("keys", "head_dim"), filled((16, 32, 64)))
 def test_twenty_runs_give_the_same_bits(keys, head_dim):
     inputs = make_inputs(shape_of(keys, head_dim), BF16, "cuda", mask="minus_inf")
     first = run_op(inputs, "sm90")
