@@ -152,11 +152,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--impl", help=f"implementations with commas (default: {', '.join(IMPLEMENTATIONS)})")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="every fourth case")
+    parser.add_argument("--matching", default="", metavar="TEXT", help='cases that contain it, such as "head_dim=16"')
     parser.add_argument("--fill-outputs", action="store_true", help="for initcheck; see above")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         print("warning: errors inside torch's pool go unseen; set PYTORCH_NO_CUDA_MEMORY_CACHING=1", file=sys.stderr)
-    chosen = cases()[:: 4 if options.quick else 1]
+    chosen = [case for case in cases()[:: 4 if options.quick else 1] if options.matching in str(case[1])]
+    if not chosen:
+        parser.error(f"--matching: no case contains {options.matching!r}; they look like {cases()[0][1]}")
     with filled_outputs() if options.fill_outputs else contextlib.nullcontext():
         run_all(options, chosen)
 

@@ -111,6 +111,15 @@ def test_sanitizer_cases_run(small):
     sanitize.run(torch.float32, small, "reference", "cpu")
 
 
+def test_sanitizer_runs_the_cases_that_match(capsys):
+    matching = [case for case in cases() if "rows=420" in str(case[1])]
+    sanitize.main(["--impl", "tiled", "--device", "cpu", "--matching", "rows=420"])
+    assert f"{len(matching)} of {len(matching)} cases ran" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sanitize.main(["--device", "cpu", "--matching", "nothing like it"])
+    assert "no case contains 'nothing like it'" in capsys.readouterr().err
+
+
 def test_sanitizer_runs_what_each_implementation_takes(capsys, monkeypatch):
     monkeypatch.setattr(sanitize, "cases", lambda: [(torch.float32, small) for small in VARIANTS])
     sanitize.main(["--impl", "tiled,reference", "--device", "cpu", "--quick"])
