@@ -133,14 +133,19 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
         return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
             cudaError_t status = run_sm90_prepare<T>(p);
             read_gated_d_o(p);
-            if (status == cudaSuccess) status = encode_maps(p, kHeadDim);
+            // Of the kernel of dQ, dK and dV, which takes 32 queries at a time, unlike the one of d(pair_bias) before
+            // it.
+            constexpr int kHalfTile = kTileRows / 2;
+            const bool with_dqkv = takes_dqkv(p);
+            if (status == cudaSuccess)
+                status = encode_maps(p, kHeadDim, with_dqkv && !wants_dpair ? kHalfTile : kTileRows);
             p.follows_prepare = true;
             if (status == cudaSuccess && wants_dpair) {
                 status = run_sm90_bwd_dpair<T, kHeadDim>(p);
                 p.follows_prepare = false;
             }
-            if (takes_dqkv(p)) {
-                if (status == cudaSuccess) status = encode_half_maps(p, kHeadDim);
+            if (with_dqkv) {
+                if (status == cudaSuccess && wants_dpair) status = encode_query_maps(p, kHeadDim, kHalfTile);
                 if (status == cudaSuccess) status = run_sm90_bwd_dqkv<T, kHeadDim>(p);
             } else {
                 if (status == cudaSuccess && p.dq != nullptr) {

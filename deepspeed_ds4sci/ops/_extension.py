@@ -7,6 +7,7 @@ host longer than the kernels, so whatever follows from sizes, strides and dtypes
 `_Plan`; a call adds the addresses.
 """
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Iterable
@@ -245,7 +246,9 @@ class Extension:
                 if several or not finishes_dpair or not _ROUNDS_AN_ONLY_SHARE[path]:
                     shares = (params.dpair_splits,) if several else ()
                     dpair_shape = (*shares, layout.pair.shape[0], 1, heads, q_len, k_len)
-        workspace_bytes = functions.workspace_bytes(params, int(of_backward is not None))
+        # It depends on how many multiprocessors the tensors' GPU has, which need not be the current one.
+        with torch.cuda.device(layout.device) if layout.device.type == "cuda" else contextlib.nullcontext():
+            workspace_bytes = functions.workspace_bytes(params, int(of_backward is not None))
         _point(params, POINTERS, None)
         return _Plan(
             functions,

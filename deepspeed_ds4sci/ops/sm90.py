@@ -12,7 +12,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 # The kernels multiply by the scale what they divided by it before: mask, lse, and -1e38 for a dropped key, which must
 # stay below what the online softmax takes for a logit, -1e30.
 MIN_SCALE, MAX_SCALE = 1e-7, 1e20
-# Blocks step through numbered work items by the size of the grid; the step past the last one must fit in 32 bits.
+# Blocks step through numbered work items by the size of the grid; two steps past the last one must fit in 32 bits.
 _MAX_ITEMS = 2**31 - 2**16
 _QUERIES_PER_ITEM = 128
 _ROWS_PER_ITEM = 2  # at least

@@ -73,7 +73,7 @@ VARIANTS = (
     Small(rows=26, heads=10, k_len=250, q_len=70),
     Small(rows=13, heads=10, k_len=321, head_dim=16),
     Small(rows=26, heads=10, k_len=500, q_len=70, pair="none"),
-    Small(rows=26, heads=10, k_len=330, q_len=70, head_dim=64),
+    Small(rows=66, heads=10, k_len=330, q_len=40, head_dim=64),
 )
 
 

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
     if (warp >= Tile::kConsumerWarps) {
         release_registers<Tile::kReducerRegisters>();
         const int own_warp = warp - Tile::kConsumerWarps, thread = threadIdx.x - Tile::kConsumerWarps * 32;
-        // Copies. Every warp has a part of each stage and of the keys, which its first lane brings.
+        // Copies. The stages and the keys are shared out to the warps, whose first lanes bring them.
         struct Cursor {
             int index, pass, half;
             RowCoordinates at;
@@ -65,9 +65,8 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                 tma_load(stage + Tile::kDOOffset, &p.d_o_map, barrier, 0, q, next.head, next.at.n, next.at.b);
                 bulk_load(stage + Tile::kAuxOffset, next.aux + q, Tile::kHalfAuxBytes, barrier);
             } else if (kPair) {
-                constexpr int kFirst =
-                    2;  // tiles of the bias that the third warp brings; the fourth brings the others
-                const int begin = own_warp == 2 ? 0 : kFirst, end = own_warp == 2 ? kFirst : kConsumers;
+                // The third warp brings two tiles of the bias, the fourth the others and the references.
+                const int begin = own_warp == 2 ? 0 : 2, end = own_warp == 2 ? 2 : kConsumers;
                 mbarrier_arrive_expect(
                     barrier, (end - begin) * Tile::kBiasHalfBytes + (own_warp == 3 ? Tile::kHalfRefsBytes : 0));
                 for (int i = begin; i < end; ++i)
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                     if (!last) {
 #pragma unroll
                         for (int i = 0; i < kHeadDim / 8; ++i) store_cached(sums + i * 512, dq[i]);
-                    } else if (p.dq != nullptr) {
+                    } else {
                         tma_store_wait_read();
                         warp_sync();
                         stage_rows<T, kHeadDim>(staging, dq, p.softmax_scale, p.softmax_scale);
@@ -337,36 +336,33 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                 wgmma_complete(dk);
                 wgmma_complete(dv);
                 // This warp's rows of the next slot of dS take the results, when nobody reads that slot any more.
-                if (p.dk != nullptr) {
-                    mbarrier_wait(Tile::ds_empty(slot), slot_phase ^ 1);
-                    const uint32_t rows =
-                        Tile::ds_slot(slot) + warpgroup * DsRows::kBytes + warp_row * DsRows::kRowBytes;
-                    const int key = record.first + warp_row;
-                    constexpr bool kBoth = 2 * Rows::kRowBytes <= DsRows::kRowBytes;
-                    const uint32_t place = Rows::fragment(rows, 0, lane);
-                    constexpr uint32_t kSecond = kBoth ? kStoredRows * Rows::kRowBytes : 0;
-                    stage_rows<T, kHeadDim>(place, dk, p.softmax_scale, p.softmax_scale);
-                    if (kBoth) stage_rows<T, kHeadDim>(place + kSecond, dv, 1.f, 1.f);
+                mbarrier_wait(Tile::ds_empty(slot), slot_phase ^ 1);
+                const uint32_t rows = Tile::ds_slot(slot) + warpgroup * DsRows::kBytes + warp_row * DsRows::kRowBytes;
+                const int key = record.first + warp_row;
+                constexpr bool kBoth = 2 * Rows::kRowBytes <= DsRows::kRowBytes;
+                const uint32_t place = Rows::fragment(rows, 0, lane);
+                constexpr uint32_t kSecond = kBoth ? kStoredRows * Rows::kRowBytes : 0;
+                stage_rows<T, kHeadDim>(place, dk, p.softmax_scale, p.softmax_scale);
+                if (kBoth) stage_rows<T, kHeadDim>(place + kSecond, dv, 1.f, 1.f);
+                async_proxy_fence();
+                warp_sync();
+                if (lane == 0) {
+                    tma_store(&p.dk_map, rows, 0, key, record.head, record.n, record.b);
+                    if (kBoth) tma_store(&p.dv_map, rows + kSecond, 0, key, record.head, record.n, record.b);
+                    tma_store_commit();
+                    tma_store_wait_read();
+                }
+                warp_sync();
+                if (!kBoth) {
+                    stage_rows<T, kHeadDim>(place, dv, 1.f, 1.f);
                     async_proxy_fence();
                     warp_sync();
                     if (lane == 0) {
-                        tma_store(&p.dk_map, rows, 0, key, record.head, record.n, record.b);
-                        if (kBoth) tma_store(&p.dv_map, rows + kSecond, 0, key, record.head, record.n, record.b);
+                        tma_store(&p.dv_map, rows, 0, key, record.head, record.n, record.b);
                         tma_store_commit();
                         tma_store_wait_read();
                     }
                     warp_sync();
-                    if (!kBoth) {
-                        stage_rows<T, kHeadDim>(place, dv, 1.f, 1.f);
-                        async_proxy_fence();
-                        warp_sync();
-                        if (lane == 0) {
-                            tma_store(&p.dv_map, rows, 0, key, record.head, record.n, record.b);
-                            tma_store_commit();
-                            tma_store_wait_read();
-                        }
-                        warp_sync();
-                    }
                 }
                 if (p.dmask_bias != nullptr) {
 #pragma unroll

@@ -6,7 +6,7 @@
 namespace ds4sci {
 
 // Warpgroups with 64 keys each of the kernel that computes dQ, dK and dV at once: of three or four the number that
-// leaves fewer of them without keys.
+// leaves fewer of them without keys, four if that is the same.
 constexpr int dqkv_warpgroups(int head_dim, int k_len) {
     if (head_dim > 32) return 3;  // registers
     const int tiles = ceil_div(k_len, 64);

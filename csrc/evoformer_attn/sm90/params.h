@@ -33,7 +33,8 @@ constexpr float kLowestRef = -3e38f;
 constexpr int kColumnRefsHeadDim = 32;
 
 struct Sm90Params : KernelParams {
-    // [D, L, H, N, B] in tiles of 64 positions; the pair bias [Lk, Lq, H, B] in tiles of 64 x 64.
+    // [D, L, H, N, B] in tiles of 64 positions; the pair bias [Lk, Lq, H, B] in tiles of 64 x 64. For the kernel of
+    // dQ, dK and dV those of queries are 32 high.
     CUtensorMap q_map, k_map, v_map, d_o_map, pair_map;
     // What is written, 16 positions at a time.
     CUtensorMap o_map, dq_map, dk_map, dv_map;

@@ -57,14 +57,14 @@ cudaError_t encode_map(CUtensorMap* map, int32_t dtype, const void* data, const 
 }
 
 inline cudaError_t encode_rows(CUtensorMap* map, const KernelParams& p, const void* data, const RowStrides& stride,
-                               int length, int padded_head_dim, int box_rows = kTileRows) {
+                               int length, int padded_head_dim, int box_rows) {
     const MapAxis axes[] = {
         {p.head_dim, 1}, {length, stride.l}, {p.heads, stride.h}, {p.rows, stride.n}, {p.batch, stride.b}};
     return encode_map(map, p.dtype, data, axes, padded_head_dim, box_rows);
 }
 
 // Nothing to encode without a pair bias.
-inline cudaError_t encode_pair(CUtensorMap* map, const KernelParams& p, int box_rows = kTileRows) {
+inline cudaError_t encode_pair(CUtensorMap* map, const KernelParams& p, int box_rows) {
     if (p.pair_bias == nullptr) return cudaSuccess;
     const MapAxis axes[] = {
         {p.k_len, 1}, {p.q_len, p.pair_stride_q}, {p.pair_heads, p.pair_stride_h}, {p.pair_batch, p.pair_stride_b}};
@@ -81,18 +81,24 @@ inline cudaError_t encode_result(CUtensorMap* map, const KernelParams& p, const 
     return encode_map(map, p.dtype, data, axes, padded_head_dim, kStoredRows);
 }
 
-// All maps of a call. d_o is null in the forward pass.
-inline cudaError_t encode_maps(Sm90Params& p, int padded_head_dim) {
+// What kernels read of the queries, `rows` of them at a time. d_o is null in the forward pass.
+inline cudaError_t encode_query_maps(Sm90Params& p, int padded_head_dim, int rows) {
+    cudaError_t status = encode_rows(&p.q_map, p, p.q, p.q_stride, p.q_len, padded_head_dim, rows);
+    if (status == cudaSuccess && p.d_o != nullptr)
+        status = encode_rows(&p.d_o_map, p, p.d_o, p.d_o_stride, p.q_len, padded_head_dim, rows);
+    if (status == cudaSuccess) status = encode_pair(&p.pair_map, p, rows);
+    return status;
+}
+
+// All maps of a call.
+inline cudaError_t encode_maps(Sm90Params& p, int padded_head_dim, int query_rows = kTileRows) {
     // The encoder needs a current context, which a thread that only launched kernels so far, as autograd's, lacks.
     int device = 0;
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaSetDevice(device);
-    if (status == cudaSuccess) status = encode_rows(&p.q_map, p, p.q, p.q_stride, p.q_len, padded_head_dim);
-    if (status == cudaSuccess) status = encode_rows(&p.k_map, p, p.k, p.k_stride, p.k_len, padded_head_dim);
-    if (status == cudaSuccess) status = encode_rows(&p.v_map, p, p.v, p.v_stride, p.k_len, padded_head_dim);
-    if (status == cudaSuccess && p.d_o != nullptr)
-        status = encode_rows(&p.d_o_map, p, p.d_o, p.d_o_stride, p.q_len, padded_head_dim);
-    if (status == cudaSuccess) status = encode_pair(&p.pair_map, p);
+    if (status == cudaSuccess) status = encode_query_maps(p, padded_head_dim, query_rows);
+    if (status == cudaSuccess) status = encode_rows(&p.k_map, p, p.k, p.k_stride, p.k_len, padded_head_dim, kTileRows);
+    if (status == cudaSuccess) status = encode_rows(&p.v_map, p, p.v, p.v_stride, p.k_len, padded_head_dim, kTileRows);
     if (p.d_o == nullptr) {
         if (status == cudaSuccess) status = encode_result(&p.o_map, p, p.o, p.q_len, padded_head_dim);
     } else {
@@ -100,16 +106,6 @@ inline cudaError_t encode_maps(Sm90Params& p, int padded_head_dim) {
         if (status == cudaSuccess) status = encode_result(&p.dk_map, p, p.dk, p.k_len, padded_head_dim);
         if (status == cudaSuccess) status = encode_result(&p.dv_map, p, p.dv, p.k_len, padded_head_dim);
     }
-    return status;
-}
-
-// What the kernel of dQ, dK and dV reads, which takes 32 queries at a time.
-inline cudaError_t encode_half_maps(Sm90Params& p, int padded_head_dim) {
-    constexpr int kRows = kTileRows / 2;
-    cudaError_t status = encode_rows(&p.q_map, p, p.q, p.q_stride, p.q_len, padded_head_dim, kRows);
-    if (status == cudaSuccess)
-        status = encode_rows(&p.d_o_map, p, p.d_o, p.d_o_stride, p.q_len, padded_head_dim, kRows);
-    if (status == cudaSuccess) status = encode_pair(&p.pair_map, p, kRows);
     return status;
 }
 

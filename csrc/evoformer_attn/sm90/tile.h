@@ -157,7 +157,7 @@ DS4SCI_DEVICE void stage_rows(uint32_t fragment, const float (&acc)[kTiles][4], 
     }
 }
 
-// A ring of stages that one producer, or `fills` warps, fill and warps empty; both ends walk it with a copy of this.
+// A ring of stages that one producer fills and warps empty; both ends walk it with a copy of this.
 template <int kStages>
 struct Ring {
     uint32_t barriers;  // address of kStages full barriers, then kStages empty ones
@@ -166,9 +166,9 @@ struct Ring {
 
     static constexpr int kBytes = 2 * kStages * 8;
 
-    static DS4SCI_DEVICE void init(uint32_t barriers, int releases, int fills = 1) {
+    static DS4SCI_DEVICE void init(uint32_t barriers, int releases) {
         for (int i = 0; i < kStages; ++i) {
-            mbarrier_init(barriers + i * 8, fills);
+            mbarrier_init(barriers + i * 8, 1);
             mbarrier_init(barriers + (kStages + i) * 8, releases);
         }
     }

@@ -208,8 +208,7 @@ struct Sm90BwdDpairTile : BlockShape<4> {
 };
 
 // dQ, dK and dV at once: a block owns a row of one head, goes through its keys 64 a warpgroup at a time, and runs over
-// the queries for each. One more warpgroup computes dQ, and copies. kConsumers is 3 or 4, whichever leaves fewer
-// warpgroups without keys.
+// the queries for each. One more warpgroup computes dQ, and copies. kConsumers: see dqkv_warpgroups.
 template <int kHeadDim, int kConsumers, bool kPair>
 struct Sm90BwdDqkvTile {
     static_assert(kConsumers == 3 || kConsumers == 4, "three or four warpgroups compute");
@@ -226,7 +225,8 @@ struct Sm90BwdDqkvTile {
     static constexpr int kQueryOffset = kPair ? kConsumers * kBiasHalfBytes : 0, kDOOffset = kQueryOffset + kHalfBytes,
                          kAuxOffset = kDOOffset + kHalfBytes, kRefsOffset = kAuxOffset + kHalfAuxBytes;
     static constexpr int kStageBytes = round_up(kRefsOffset + (kPair ? kHalfRefsBytes : 0), kSmemAlignment);
-    // As many as there is room for; two slots of dS are worth more than a fifth stage, except at head dim 64.
+    // Two slots of dS and as many stages as then fit, at most eight; at head dim 64 a fourth stage is worth more than
+    // a second slot.
     static constexpr int kStages = kHeadDim == 64    ? 4
                                    : kConsumers == 4 ? (kHeadDim == 32 ? 4 : 6)
                                    : kHeadDim == 32  ? 7
