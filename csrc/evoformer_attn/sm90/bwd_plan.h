@@ -25,27 +25,24 @@ inline bool takes_dqkv(const KernelParams& p, int32_t num_sms) {
     return use >= 0.7;
 }
 
-// Shares of the rows that d(pair_bias) is computed in: what takes least time, of work that fills the multiprocessors
-// the better the more shares there are, and of an fp32 copy of the gradient for each, which is written and read again.
-// At most 64 MiB of them.
+// Shares of the rows that d(pair_bias) is computed in: the fewest that keep nine tenths of the multiprocessors busy,
+// else those that keep the most; each costs an fp32 copy of the gradient, so at most 64 MiB of them.
 inline int32_t dpair_shares(const KernelParams& p, int32_t num_sms) {
     constexpr int64_t kMaxCopyBytes = static_cast<int64_t>(64) << 20;
-    // An H100's, measured up to head dim 32: logits of one multiprocessor, and bytes to and from memory.
-    constexpr double kLogitsPerSecond = 1.4e10, kBytesPerSecond = 2.5e12;
     const int64_t units =
         static_cast<int64_t>(ceil_div(p.q_len, 128)) * ceil_div(p.k_len, 128) * p.heads * p.num_groups;
     const int64_t copy_bytes = dpair_elements(p) * 4;
-    constexpr double kRowSeconds = 128. * 128. / kLogitsPerSecond;
     int32_t best = 1;
-    double best_seconds = 0.;
+    double best_use = 0.;
     for (int32_t shares = 1; shares <= 32 && shares <= p.rows_per_group; ++shares) {
         if (shares > 1 && shares * copy_bytes > kMaxCopyBytes) break;
-        double seconds = ceil_div<int64_t>(units * shares, num_sms) * ceil_div(p.rows_per_group, shares) * kRowSeconds;
-        if (shares > 1) seconds += 2. * shares * copy_bytes / kBytesPerSecond;
-        if (shares == 1 || seconds < best_seconds) {
+        const int64_t waves = ceil_div<int64_t>(units * shares, num_sms);
+        const double use = static_cast<double>(units * shares) / static_cast<double>(waves * num_sms);
+        if (use > best_use) {
             best = shares;
-            best_seconds = seconds;
+            best_use = use;
         }
+        if (best_use >= 0.9) break;
     }
     return best;
 }
