@@ -39,7 +39,7 @@ class Climb:
 
     @property
     def resolved(self) -> bool:
-        return bool(self.failed and self.longest and self.failed <= self.longest * self.precision)
+        return self.failed is not None and 0 < self.longest < self.failed <= self.longest * self.precision
 
     def record(self, seq_len: int, peak: int | None) -> None:
         """peak: bytes; None: out of memory."""

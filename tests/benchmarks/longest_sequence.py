@@ -14,6 +14,7 @@ machine has available, so nothing else should run there; with `--beside-others` 
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -38,6 +39,9 @@ class Prober:
     def __init__(self, rung: Rung, options: argparse.Namespace, deadline: float):
         self.rung, self.options, self.deadline = rung, options, deadline
         self.cases: dict[int, dict] = {}
+        self.ended: str | None = None
+        """Of a search, why it ended: "resolution" (of the lengths), "limit", "start" (its processes died before they
+        tried a length), "failed" (not for want of memory or time) or "budget"."""
 
     @property
     def longest(self) -> int:
@@ -54,15 +58,31 @@ class Prober:
 
         Each process climbs until it fails; the next goes on between.
         """
-        while True:
-            peaks = {n: int(c["device_gib"] * 2**30) for n, c in self.cases.items() if c["status"] == "ok"}
-            fields = dict(start=self.rung.guess, multiple=self.options.multiple, limit=self.limit)
-            fields |= dict(failed=self.failed, precision=1 + self.options.resolution)
-            before = len(self.cases)
-            if Climb(capacity=0, peaks=peaks, **fields).next_length() is not None:
-                self.run([], climb=fields | {"peaks": list(peaks.items())})
-            if len(self.cases) == before or any(case["status"] == "failed" for case in self.cases.values()):
+        while self.ended is None:
+            climb = self.climb()
+            if climb.next_length() is None:
+                self.ended = "resolution" if climb.failed else "limit"
                 return
+            before = len(self.cases)
+            fields = dataclasses.asdict(climb)
+            del fields["capacity"]  # which its processes know
+            self.run([], climb=fields | {"peaks": list(climb.peaks.items())})
+            if any(case["status"] == "failed" for case in self.cases.values()):
+                self.ended = self.ended or "failed"
+            elif len(self.cases) == before:
+                self.ended = self.ended or "budget"
+
+    def climb(self) -> Climb:
+        """The search as far as it has come."""
+        return Climb(
+            start=self.rung.guess,
+            multiple=self.options.multiple,
+            limit=self.limit,
+            capacity=0,
+            peaks={n: int(case["device_gib"] * 2**30) for n, case in self.cases.items() if case["status"] == "ok"},
+            failed=self.failed,
+            precision=1 + self.options.resolution,
+        )
 
     @property
     def limit(self) -> int:
@@ -86,7 +106,10 @@ class Prober:
             beside_others=options.beside_others,
             climb=climb,
         )
-        trying = ", ".join(f"{length:,}" for length in lengths) or f"{climb['start']:,} and on"
+        trying = ", ".join(f"{length:,}" for length in lengths)
+        if climb:
+            between = f" and below {climb['failed']:,}" if climb["failed"] else ""
+            trying = f"above {self.longest:,}{between}" if self.cases else f"{climb['start']:,} and on"
         print(f"{self.rung.name}: trying {trying}", flush=True)
         found = run_cases(
             job,
@@ -99,7 +122,14 @@ class Prober:
             if case["status"] == "time" and time.monotonic() >= self.deadline:
                 continue  # the budget's end says nothing about this length
             case.pop("event")
-            self.cases[case["length"]] = case
+            if climb and case.get("starting"):
+                # Those of the next process would die as well, whatever length they are to try.
+                self.ended = "start"
+                if self.cases:  # others have started: nothing is known about this length
+                    print(f"  the processes did not start: {describe(case)}", flush=True)
+                    continue
+            if self.cases.get(case["length"], case)["status"] != "ok" or case["status"] == "ok":
+                self.cases[case["length"]] = case
             print("  " + describe(case), flush=True)
 
 
@@ -129,7 +159,8 @@ def measure_rung(rung: Rung, options: argparse.Namespace, deadline: float, peak:
         "longest": good,
         "failed": bad,
         "because": prober.cases[bad]["status"] if bad else None,
-        "resolved": bool(good and bad and bad <= good * (1 + options.resolution)),
+        "resolved": prober.climb().resolved,
+        "ended": prober.ended,
         "ds_config": rung.ds_config(options.tiny),
         "cases": [report.with_rates(case, config, rung.gpus, peak) for _, case in sorted(prober.cases.items())],
     }

@@ -40,6 +40,11 @@ def test_nothing_fits():
     assert search.longest == 0
 
 
+def test_a_failure_below_what_fits_resolves_nothing():
+    for failed, resolved in ((2048, False), (1024, False), (3072, False), (2200, True)):
+        assert Climb(64, 8, 2**20, capacity=0, peaks={2048: 1}, failed=failed).resolved == resolved
+
+
 def test_nothing_is_predicted_while_the_peak_hardly_grows():
     """As where an optimizer's step has it: the line through two such peaks leads anywhere."""
     flat = Climb(1024, 1024, limit=2**30, capacity=2**30, peaks={1024: 2**29, 2048: 2**29 + 1024})

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The long-sequence benchmarks: search, rungs, records, and a rehearsal of one rung of each kind on the CPU."""
+"""The long-sequence benchmarks: rungs, records, and a rehearsal of one rung of each kind on the CPU."""
 
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -243,69 +242,6 @@ def test_all_steps_that_are_repeated_fit_into_a_case(module, limit):
     assert module.parse_arguments(["--tiny", "--repeat-under", "20"]).repeat_under == 20
 
 
-def prober(monkeypatch, limit, **changes):
-    """Options for a rung that trains up to `limit` tokens on a machine that holds so many."""
-    calls = []
-
-    def run_cases(job, **_):
-        tried = []
-        monkeypatch.setattr(worker.torch.cuda, "memory_allocated", lambda: 100 * 2**20)
-        monkeypatch.setattr(worker.torch.cuda, "max_memory_allocated", lambda: (100 + tried[-1]) * 2**20)
-        monkeypatch.setattr(worker.torch.cuda, "mem_get_info", lambda: (0, int(1.03 * (100 + limit) * 2**20)))
-        monkeypatch.setattr(worker.dist, "all_reduce", lambda *_: None)
-        monkeypatch.setattr(worker.torch, "tensor", lambda value, **_: value)
-        found = []
-        for _, length in worker.cases(job, torch.device("cuda")):
-            tried.append(length)
-            case = OK | STEPS | {"device_gib": length / 1024} if length <= limit else OOM
-            found.append(case | dict(event="case", length=length))
-            if length > limit:
-                break
-        calls.append(tried)
-        return found
-
-    monkeypatch.setattr(longest_sequence, "run_cases", run_cases)
-    options = longest_sequence.parse_arguments(["--tiny", "--rungs", "recompute"])
-    vars(options).update(changes)
-    return options, calls
-
-
-def test_a_rung_is_searched_with_few_processes(monkeypatch):
-    options, calls = prober(monkeypatch, limit=5000)
-    options.limit = 2**20
-    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
-    assert found["longest"] <= 5000 < found["failed"] and found["resolved"] and found["because"] == "out of memory"
-    assert len(calls) == 1 and calls[0][0] == 64 and len(calls[0]) <= 4
-    assert [case["length"] for case in found["cases"]] == sorted(case["length"] for case in found["cases"])
-
-
-def test_a_search_goes_on_below_a_guess_that_was_too_long(monkeypatch):
-    options, calls = prober(monkeypatch, limit=500)
-    options.limit, options.rungs = 4096, [RUNGS["mask-cpu"]]
-    options.rungs[0] = longest_sequence.shortened(options.rungs[0], 1024)
-    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
-    assert calls[0] == [1024] and found["longest"] <= 500 < found["failed"] and found["resolved"] and len(calls) <= 4
-
-
-def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkeypatch):
-    options, calls = prober(monkeypatch, limit=100, lengths=[64, 128])
-    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
-    assert calls == [[64, 128]] and (found["longest"], found["failed"]) == (64, 128)
-    options, calls = prober(monkeypatch, limit=100)
-    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic(), 1e12)
-    assert calls == [] and (found["longest"], found["failed"], found["resolved"]) == (0, None, False)
-
-
-def test_a_learned_table_has_rows_for_the_longest_that_a_search_may_try():
-    options = longest_sequence.parse_arguments(["--tiny", "--rungs", "mask-cpu,recompute"])
-    options.limit = 2**20
-    limits = [longest_sequence.Prober(rung, options, 0).limit for rung in options.rungs]
-    assert limits == [2 * options.rungs[0].guess, 2**20]
-    climb = dict(start=64, limit=256)
-    job = models.job_of(options.rungs[0], [], tiny=True, compute_layers=None, climb=climb)
-    assert job["model"]["max_positions"] == 256 and job["cases"] == []
-
-
 @pytest.mark.parametrize(
     "module, arguments, message",
     [
@@ -334,17 +270,6 @@ def test_wrong_options_are_named(capsys, module, arguments, message):
     with pytest.raises(SystemExit):
         module.parse_arguments(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_processes_that_end_badly_are_told_apart(tmp_path):
-    def ended(*codes):
-        output = tmp_path / "output"
-        output.touch()
-        processes = [SimpleNamespace(poll=lambda code=code: code) for code in codes]
-        return launch._wait(processes, output, time.monotonic() + 0.3, None)
-
-    assert ended(0, 0) == "ok" and ended(1, None) == "failed" and ended(None, 0) == "time"
-    assert ended(None, worker.OUT_OF_MEMORY) == "out of memory" and ended(-9, 1) == "host memory"
 
 
 def test_held_out_tokens_are_whole_windows_at_the_end():

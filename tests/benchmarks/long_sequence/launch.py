@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.benchmarks.climb import Climb
 from tests.benchmarks.long_sequence.worker import OUT_OF_MEMORY
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,6 +34,8 @@ def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds
     Returns:
         A record per case that was tried: see `worker.measure`. Its status is "ok", "out of memory", "time" (cut off
         after case_seconds or seconds), "host memory" (killed by the kernel) or "failed", the last with "failure".
+        "starting": True where the processes ended before they tried a case: the record is of the first one that they
+        would have tried, and says little about its length.
     """
     with tempfile.TemporaryDirectory(prefix="ds4sci-rung-") as folder:
         folder = Path(folder)
@@ -52,14 +55,20 @@ def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds
         records = [record for record in lines if record["event"] == "case"]
         failed = records and records[-1]["status"] != "ok"
         tried = [(record["batch_size"], record["length"]) for record in lines if record["event"] == "trying"]
-        start = [] if records or job["climb"] is None else [(1, job["climb"]["start"])]
+        start = [] if records or job["climb"] is None else [(1, _first_length(job["climb"]))]
         left = tried[len(records) :] or job["cases"][len(records) :] or start
         if ended != "ok" and not failed and left:
             batch_size, length = left[0]
             logs = "".join((folder / f"log-{rank}.txt").read_text(errors="replace")[-_TAIL:] for rank in range(ranks))
             record = {"event": "case", "batch_size": batch_size, "length": length, "status": ended}
+            record |= {} if tried else {"starting": True}
             records.append(record | ({"failure": logs} if ended == "failed" else {}))
         return records
+
+
+def _first_length(climb):
+    """Of a search, as far as can be told without its processes: they know the capacity."""
+    return Climb(**climb | {"capacity": 0, "peaks": dict(climb["peaks"])}).next_length()
 
 
 def _start(folder, ranks, tiny):

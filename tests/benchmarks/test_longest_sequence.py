@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search of a rung's longest sequence: over processes, of which each ends with its first failure."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.benchmarks import longest_sequence
+from tests.benchmarks.long_sequence import launch, models, worker
+from tests.benchmarks.long_sequence.rungs import RUNGS
+
+OK = dict(batch_size=1, length=64, status="ok", seconds=0.5, device_gib=1.0, host_gib=2.0)
+STEPS = dict(timed_step=2, step_seconds=[0.7, 0.5])
+OOM = dict(batch_size=1, length=128, status="out of memory")
+
+
+def prober(monkeypatch, limit, **changes):
+    """Options for a rung that trains up to `limit` tokens on a machine that holds so many."""
+    calls = []
+
+    def run_cases(job, **_):
+        tried = []
+        monkeypatch.setattr(worker.torch.cuda, "memory_allocated", lambda: 100 * 2**20)
+        monkeypatch.setattr(worker.torch.cuda, "max_memory_allocated", lambda: (100 + tried[-1]) * 2**20)
+        monkeypatch.setattr(worker.torch.cuda, "mem_get_info", lambda: (0, int(1.03 * (100 + limit) * 2**20)))
+        monkeypatch.setattr(worker.dist, "all_reduce", lambda *_: None)
+        monkeypatch.setattr(worker.torch, "tensor", lambda value, **_: value)
+        found = []
+        for _, length in worker.cases(job, torch.device("cuda")):
+            tried.append(length)
+            case = OK | STEPS | {"device_gib": length / 1024} if length <= limit else OOM
+            found.append(case | dict(event="case", length=length))
+            if length > limit:
+                break
+        calls.append(tried)
+        return found
+
+    monkeypatch.setattr(longest_sequence, "run_cases", run_cases)
+    options = longest_sequence.parse_arguments(["--tiny", "--rungs", "recompute"])
+    vars(options).update(changes)
+    return options, calls
+
+
+def test_a_rung_is_searched_with_few_processes(monkeypatch):
+    options, calls = prober(monkeypatch, limit=5000)
+    options.limit = 2**20
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert found["longest"] <= 5000 < found["failed"] and found["resolved"] and found["because"] == "out of memory"
+    assert len(calls) == 1 and calls[0][0] == 64 and len(calls[0]) <= 4 and found["ended"] == "resolution"
+    assert [case["length"] for case in found["cases"]] == sorted(case["length"] for case in found["cases"])
+
+
+def test_a_search_goes_on_below_a_guess_that_was_too_long(monkeypatch):
+    options, calls = prober(monkeypatch, limit=500)
+    options.limit, options.rungs = 4096, [RUNGS["mask-cpu"]]
+    options.rungs[0] = longest_sequence.shortened(options.rungs[0], 1024)
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert calls[0] == [1024] and found["longest"] <= 500 < found["failed"] and found["resolved"] and len(calls) <= 4
+
+
+def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkeypatch):
+    options, calls = prober(monkeypatch, limit=100, lengths=[64, 128])
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert calls == [[64, 128]] and (found["longest"], found["failed"]) == (64, 128)
+    options, calls = prober(monkeypatch, limit=100)
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic(), 1e12)
+    assert calls == [] and (found["longest"], found["failed"], found["resolved"]) == (0, None, False)
+
+
+def test_a_learned_table_has_rows_for_the_longest_that_a_search_may_try():
+    options = longest_sequence.parse_arguments(["--tiny", "--rungs", "mask-cpu,recompute"])
+    options.limit = 2**20
+    limits = [longest_sequence.Prober(rung, options, 0).limit for rung in options.rungs]
+    assert limits == [2 * options.rungs[0].guess, 2**20]
+    climb = dict(start=64, limit=256)
+    job = models.job_of(options.rungs[0], [], tiny=True, compute_layers=None, climb=climb)
+    assert job["model"]["max_positions"] == 256 and job["cases"] == []
+
+
+def processes(monkeypatch, *runs):
+    """Those that searches start, in turn: the lengths that train in each, the one that does not, and its exit code."""
+    runs, jobs = iter(runs), []
+
+    def start(folder, ranks, tiny):
+        good, bad, code = next(runs)
+        jobs.append(json.loads((folder / "job.json").read_text()))
+        lines = [{"event": "ready"}] if good or bad else []
+        for length in [*good, *bad]:
+            case = OK | STEPS if length in good else OOM
+            lines += [{"event": "trying", "batch_size": 1, "length": length}, case | dict(event="case", length=length)]
+        (folder / "output.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "log-0.txt").write_text("out of luck")
+        return [SimpleNamespace(poll=lambda: code, wait=lambda: code)]
+
+    monkeypatch.setattr(launch, "_start", start)
+    options = longest_sequence.parse_arguments(["--tiny", "--rungs", "recompute"])
+    options.limit = 2**20
+    return options, jobs
+
+
+@pytest.mark.parametrize("code", [worker.OUT_OF_MEMORY, -9, 1])
+def test_processes_that_do_not_start_say_nothing_about_a_length(monkeypatch, code):
+    options, jobs = processes(monkeypatch, ([64, 128], [512], worker.OUT_OF_MEMORY), ([], [], code))
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert len(jobs) == 2 and jobs[1]["climb"]["failed"] == 512
+    assert (found["longest"], found["failed"], found["because"]) == (128, 512, "out of memory")
+    assert (found["resolved"], found["ended"]) == (False, "start")
+    assert [(case["length"], case["status"]) for case in found["cases"]][:2] == [(64, "ok"), (128, "ok")]
+
+
+def test_a_search_whose_first_processes_do_not_start_ends(monkeypatch):
+    options, jobs = processes(monkeypatch, ([], [], worker.OUT_OF_MEMORY))
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert (found["longest"], found["failed"], found["resolved"], found["ended"]) == (0, 64, False, "start")
+    assert [case["starting"] for case in found["cases"]] == [True]
+
+
+def test_a_failure_at_the_start_is_booked_under_the_length_that_came_next(monkeypatch):
+    options, _ = processes(monkeypatch, ([], [], worker.OUT_OF_MEMORY))
+    climb = dict(start=64, multiple=32, limit=2**20, precision=1.1, failed=512, peaks=[[64, 2**30], [128, 2**30]])
+    job = models.job_of(options.rungs[0], [], tiny=True, compute_layers=None, climb=climb)
+    (record,) = launch.run_cases(job, ranks=1, seconds=100, tiny=True)
+    assert (record["length"], record["status"], record["starting"]) == (256, "out of memory", True)
+
+
+def test_a_length_that_trained_stays_good(monkeypatch):
+    options, _ = processes(monkeypatch, ([64], [], 0), ([], [64], worker.OUT_OF_MEMORY))
+    found = longest_sequence.Prober(options.rungs[0], options, time.monotonic() + 100)
+    for _ in range(2):
+        found.run([64])
+    assert (found.longest, found.failed) == (64, None)
+
+
+def test_processes_that_end_badly_are_told_apart(tmp_path):
+    def ended(*codes):
+        output = tmp_path / "output"
+        output.touch()
+        processes = [SimpleNamespace(poll=lambda code=code: code) for code in codes]
+        return launch._wait(processes, output, time.monotonic() + 0.3, None)
+
+    assert ended(0, 0) == "ok" and ended(1, None) == "failed" and ended(None, 0) == "time"
+    assert ended(None, worker.OUT_OF_MEMORY) == "out of memory" and ended(-9, 1) == "host memory"
