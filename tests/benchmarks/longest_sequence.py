@@ -24,13 +24,12 @@ import torch
 
 from tests.benchmarks.climb import Climb
 from tests.benchmarks.long_sequence import report
-from tests.benchmarks.long_sequence.launch import longest_repeated, run_cases
+from tests.benchmarks.long_sequence.launch import START_SECONDS, longest_repeated, run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
 from tests.benchmarks.long_sequence.rungs import ATTENTION, RUNGS, Rung, chosen_rungs, shortened, with_attention
 from tests.benchmarks.record import machine_line
 
 MODULE = "tests.benchmarks.longest_sequence"
-START_SECONDS = 150.0  # for processes to start and to make model and engine
 
 
 class Prober:

@@ -139,7 +139,18 @@ def test_processes_that_end_badly_are_told_apart(tmp_path):
         output = tmp_path / "output"
         output.touch()
         processes = [SimpleNamespace(poll=lambda code=code: code) for code in codes]
-        return launch._wait(processes, output, time.monotonic() + 0.3, None)
+        return launch._wait(processes, output, time.monotonic() + 0.3, None, 100)
 
     assert ended(0, 0) == "ok" and ended(1, None) == "failed" and ended(None, 0) == "time"
     assert ended(None, worker.OUT_OF_MEMORY) == "out of memory" and ended(-9, 1) == "host memory"
+
+
+def test_a_start_that_hangs_does_not_take_the_time_of_the_search(tmp_path):
+    output = tmp_path / "output"
+    output.touch()
+    hangs = [SimpleNamespace(poll=lambda: None)]
+    began = time.monotonic()
+    assert launch._wait(hangs, output, began + 60, None, 0.2) == "time" and time.monotonic() < began + 30
+    output.write_text('{"event": "ready"}\n')  # from here on it is the case that takes the time
+    began = time.monotonic()
+    assert launch._wait(hangs, output, began + 0.6, None, 0.2) == "time" and time.monotonic() > began + 0.5

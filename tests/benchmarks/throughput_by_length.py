@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.long_sequence import report
-from tests.benchmarks.long_sequence.launch import longest_repeated, run_cases
+from tests.benchmarks.long_sequence.launch import START_SECONDS, longest_repeated, run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
 from tests.benchmarks.long_sequence.rungs import ATTENTION, Rung, with_attention
 from tests.benchmarks.record import machine_line
 from tests.benchmarks.table import aligned
 
 MODULE = "tests.benchmarks.throughput_by_length"
-START_SECONDS = 150.0
 
 _FUSED = {"attention": {"implementation": "fastest"}}
 _TILES = {"tiling": {"mlp": 16384, "loss": 16384}}

@@ -15,6 +15,7 @@ from tests.benchmarks.climb import Climb
 from tests.benchmarks.long_sequence.worker import OUT_OF_MEMORY
 
 ROOT = Path(__file__).resolve().parents[3]
+START_SECONDS = 150.0  # for processes to start, to make model and engine and to train one short step
 _TAIL = 2000  # characters of output kept of a run that failed
 
 
@@ -29,11 +30,12 @@ def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds
 
     Args:
         job: what `worker.main` reads, without its output and its end.
-        seconds: for all of it; case_seconds: for one case, the start of the processes not counted.
+        seconds: for all of it; case_seconds: for one case, the start of the processes not counted, for which there
+            are START_SECONDS.
 
     Returns:
         A record per case that was tried: see `worker.measure`. Its status is "ok", "out of memory", "time" (cut off
-        after case_seconds or seconds), "host memory" (killed by the kernel) or "failed", the last with "failure".
+        after one of these times), "host memory" (killed by the kernel) or "failed", the last with "failure".
         "starting": True where the processes ended before they tried a case: the record is of the first one that they
         would have tried, and says little about its length.
     """
@@ -45,7 +47,7 @@ def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds
         (folder / "job.json").write_text(json.dumps({**job, "output": str(output), "until": until}))
         processes = _start(folder, ranks, tiny)
         try:
-            ended = _wait(processes, output, until, case_seconds)
+            ended = _wait(processes, output, until, case_seconds, START_SECONDS)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -96,9 +98,9 @@ def _start(folder, ranks, tiny):
     return processes
 
 
-def _wait(processes, output, deadline, case_seconds):
+def _wait(processes, output, deadline, case_seconds, start_seconds):
     """How it ended: "failed", "out of memory", "host memory" or "time"; "ok" when every rank is through."""
-    seen, since = 0, None  # lines of output, and when the case in work began
+    seen, since = 0, time.monotonic()  # lines of output, and when the start or the case in work began
     while True:
         codes = [process.poll() for process in processes]
         if any(code not in (None, 0) for code in codes):
@@ -110,7 +112,8 @@ def _wait(processes, output, deadline, case_seconds):
         lines = len(_read(output))
         if lines != seen:
             seen, since = lines, now
-        if now > deadline or (since is not None and case_seconds is not None and now > since + case_seconds):
+        limit = case_seconds if seen else start_seconds
+        if now > deadline or (limit is not None and now > since + limit):
             return "time"
         time.sleep(0.1)
 
