@@ -26,7 +26,7 @@ from tests.benchmarks.climb import Climb
 from tests.benchmarks.long_sequence import report
 from tests.benchmarks.long_sequence.launch import START_SECONDS, longest_repeated, run_cases
 from tests.benchmarks.long_sequence.models import counted_config, job_of
-from tests.benchmarks.long_sequence.rungs import ATTENTION, RUNGS, Rung, chosen_rungs, shortened, with_attention
+from tests.benchmarks.long_sequence.rungs import ATTENTION, RUNGS, Rung, chosen_rungs, with_attention
 from tests.benchmarks.record import machine_line
 
 MODULE = "tests.benchmarks.longest_sequence"
@@ -74,7 +74,7 @@ class Prober:
     def climb(self) -> Climb:
         """The search as far as it has come."""
         return Climb(
-            start=self.rung.guess,
+            start=min(self.start, self.limit),
             multiple=self.options.multiple,
             limit=self.limit,
             capacity=0,
@@ -84,10 +84,14 @@ class Prober:
         )
 
     @property
+    def start(self) -> int:
+        return self.options.guess or self.rung.guess
+
+    @property
     def limit(self) -> int:
         """A learned position table has a row for each token of the longest sequence, all there from the start."""
         if self.rung.positions == "learned":
-            return min(self.options.limit, 2 * self.rung.guess)
+            return min(self.options.limit, 2 * max(self.start, self.rung.guess))
         return self.options.limit
 
     def run(self, lengths: list[int], climb: dict | None = None) -> None:
@@ -214,8 +218,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             options.rungs = [with_attention(rung, options.attention) for rung in options.rungs]
     except (ValueError, NotImplementedError) as error:
         parser.error(str(error))
-    if options.guess:
-        options.rungs = [shortened(rung, options.guess) for rung in options.rungs]
     return options
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.benchmarks import longest_sequence
-from tests.benchmarks.long_sequence import launch, models, worker
+from tests.benchmarks.long_sequence import launch, models, report, worker
 from tests.benchmarks.long_sequence.rungs import RUNGS
 
 OK = dict(batch_size=1, length=64, status="ok", seconds=0.5, device_gib=1.0, host_gib=2.0)
+ABOUT = dict(device="card", cuda="-", driver="-", torch="2", commit="abc", date="2026-01-01", command="c")
 STEPS = dict(timed_step=2, step_seconds=[0.7, 0.5])
 OOM = dict(batch_size=1, length=128, status="out of memory")
 
@@ -55,10 +56,18 @@ def test_a_rung_is_searched_with_few_processes(monkeypatch):
 
 def test_a_search_goes_on_below_a_guess_that_was_too_long(monkeypatch):
     options, calls = prober(monkeypatch, limit=500)
-    options.limit, options.rungs = 4096, [RUNGS["mask-cpu"]]
-    options.rungs[0] = longest_sequence.shortened(options.rungs[0], 1024)
+    options.limit, options.rungs, options.guess = 4096, [RUNGS["mask-cpu"]], 1024
     found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
     assert calls[0] == [1024] and found["longest"] <= 500 < found["failed"] and found["resolved"] and len(calls) <= 4
+
+
+def test_a_search_that_its_limit_ends_says_so(monkeypatch):
+    options, calls = prober(monkeypatch, limit=5000)
+    options.limit, options.guess = 128, 1024
+    found = longest_sequence.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert calls == [[128]] and (found["longest"], found["failed"], found["ended"]) == (128, None, "limit")
+    line = report.markdown_ladder([{"machine": ABOUT, "rungs": [found]}]).splitlines()[2]
+    assert "| 128 | none, of up to 128 |" in line
 
 
 def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkeypatch):
@@ -73,8 +82,14 @@ def test_given_lengths_are_tried_alone_and_a_spent_budget_ends_the_search(monkey
 def test_a_learned_table_has_rows_for_the_longest_that_a_search_may_try():
     options = longest_sequence.parse_arguments(["--tiny", "--rungs", "mask-cpu,recompute"])
     options.limit = 2**20
-    limits = [longest_sequence.Prober(rung, options, 0).limit for rung in options.rungs]
-    assert limits == [2 * options.rungs[0].guess, 2**20]
+
+    def limits():
+        return [longest_sequence.Prober(rung, options, 0).limit for rung in options.rungs]
+
+    own = 2 * RUNGS["mask-cpu"].guess
+    assert options.guess < own and limits() == [own, 2**20]  # a short guess ends no search early
+    options.guess = own
+    assert limits() == [2 * own, 2**20]
     climb = dict(start=64, limit=256)
     job = models.job_of(options.rungs[0], [], tiny=True, compute_layers=None, climb=climb)
     assert job["model"]["max_positions"] == 256 and job["cases"] == []

@@ -125,7 +125,8 @@ def markdown_ladder(records: list[dict]) -> str:
         shown = dict(zip(HEADS, cells(at), strict=True))
         if rung["computed_layers"]:
             shown |= dict.fromkeys(("s/step", "tokens/s", "MFU"), f"{rung['computed_layers']} layers computed")
-        failed = f"{rung['failed']:,}, {rung['because']}" if rung["failed"] else "not tried"
+        beyond = f"none, of up to {rung['longest']:,}" if rung.get("ended") == "limit" else "not tried"
+        failed = f"{rung['failed']:,}, {rung['because']}" if rung["failed"] else beyond
         figures = " | ".join(shown[column] for column in columns)
         rows.append(
             f"| `{rung['name']}`: {rung['says']} | {rung['gpus']} | {rung['longest']:,} | {failed} | {figures} |"

@@ -247,8 +247,3 @@ def with_attention(rung: Rung, implementation: str) -> Rung:
     features = rung.features | {"attention": {"implementation": implementation}}
     check_combinations(read_block({"ds4sci": features}), {"ds4sci": features})
     return replace(rung, features=features, says=f"{rung.says} ({implementation})")
-
-
-def shortened(rung: Rung, guess: int) -> Rung:
-    """The rung with another start of its search."""
-    return replace(rung, guess=guess)
