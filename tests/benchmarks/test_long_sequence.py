@@ -173,11 +173,16 @@ def test_the_ladder_is_put_together_from_records(tmp_path):
     pytest.importorskip("matplotlib")
     record = ladder_record()
     whole = dict(record["rungs"][0], name="alst-sdpa", ladder="alst", computed_layers=None, failed=None, because=None)
-    other = {"machine": ABOUT | {"commit": "def"}, "rungs": [whole]}
+    masked = dict(whole, name="mask-cpu", ladder="mask")
+    other = {"machine": ABOUT | {"commit": "def", "date": "2026-01-02"}, "rungs": [whole, masked]}
     lines = report.markdown_ladder([record, other]).splitlines()
+    assert lines.pop(2).startswith("| `mask-cpu`: + flash | 1 | 64 | not tried | 1.0 |")  # ladders in their order
     assert lines[2].startswith("| `flash`: + flash | 1 | 64 | 128, out of memory | 1.0 | 2.0 | 8 layers computed |")
     assert lines[3].startswith("| `alst-sdpa`: + flash | 1 | 64 | not tried | 1.0 | 2.0 | 0.5 | 128 |")
     assert lines[4] == "" and "commit abc" in lines[5] and "commit def" in lines[6]
+    drawn = report.together([record, other])
+    assert [rung["name"] for rung in drawn["rungs"]] == ["mask-cpu", "flash", "alst-sdpa"]  # "none" is no bar
+    assert drawn["machine"] | {"command": "c"} == ABOUT | {"commit": "abc, def", "date": "2026-01-01, 2026-01-02"}
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file, each in zip(files, (record, other), strict=True):
         report.write(file, each)

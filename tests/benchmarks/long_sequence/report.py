@@ -81,6 +81,9 @@ def cells(case: dict | None) -> list[str]:
     ]
 
 
+LADDERS = {"mask": "explicit mask", "flash": "no explicit mask", "alst": "DeepSpeed's ALST path"}
+"""In the order of tables and plots."""
+
 HEADS = ["device GiB", "host GiB", "s/step", "tokens/s", "TFLOP/s/GPU", "MFU", "method's TFLOP/s"]
 
 
@@ -116,11 +119,11 @@ def markdown_lengths(records: list[dict]) -> str:
 
 
 def markdown_ladder(records: list[dict]) -> str:
-    """For a README: a line per rung of the records, in their order: the longest sequence, how it is known, and the
-    figures of a complete step there."""
+    """For a README: a line per rung of the records that trained, by ladder, else in their order: the longest sequence,
+    how it is known, and the figures of a complete step there."""
     columns = [column for column in HEADS if column not in ("method's TFLOP/s", "TFLOP/s/GPU")]
     rows = ["| rung | GPUs | longest | failed at | " + " | ".join(columns) + " |", "|---" * (4 + len(columns)) + "|"]
-    for rung in (rung for record in records for rung in record["rungs"] if rung["longest"]):
+    for rung in _by_ladder(records):
         at = next(case for case in rung["cases"] if case["length"] == rung["longest"])
         shown = dict(zip(HEADS, cells(at), strict=True))
         if rung["computed_layers"]:
@@ -139,11 +142,16 @@ def _runs(records):
 
 
 def together(records: list[dict]) -> dict:
-    """The rungs of several records as one, for a plot."""
-    cards = ", ".join(dict.fromkeys(record["machine"]["device"] for record in records))
-    commits = ", ".join(dict.fromkeys(record["machine"]["commit"] for record in records))
-    machine = records[0]["machine"] | {"device": cards, "commit": commits}
-    return {"machine": machine, "rungs": [rung for record in records for rung in record["rungs"]]}
+    """The rungs of several records that trained as one, by ladder, for a plot."""
+    machines = [record["machine"] for record in records]
+    said = ("device", "driver", "cuda", "torch", "commit", "date")
+    machine = {key: ", ".join(dict.fromkeys(each[key] for each in machines)) for key in said}
+    return {"machine": machine, "rungs": _by_ladder(records)}
+
+
+def _by_ladder(records):
+    trained = [rung for record in records for rung in record["rungs"] if rung["longest"]]
+    return sorted(trained, key=lambda rung: list(LADDERS).index(rung["ladder"]))
 
 
 def _cases(line: dict) -> list[dict]:
@@ -151,30 +159,35 @@ def _cases(line: dict) -> list[dict]:
 
 
 def draw_ladder(record: dict, path: Path) -> None:
-    """Longest sequence per rung, and TFLOP/s of every length tried, where all layers were computed."""
+    """Longest sequence per rung, hatched where none failed; TFLOP/s of every length tried, where all layers were
+    computed."""
     pyplot = _pyplot()
     rungs = record["rungs"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, max(5, 0.35 * len(rungs))), layout="constrained")
-    colours = {"mask": "C0", "flash": "C1", "alst": "C2"}
-    labels = {"mask": "explicit mask", "flash": "no explicit mask", "alst": "DeepSpeed's ALST path"}
-    for ladder, colour in colours.items():
-        at = [i for i, rung in enumerate(rungs) if rung["ladder"] == ladder]
-        left.barh(at, [rungs[i]["longest"] / 1024 for i in at], color=colour, label=labels[ladder])
-        for i in at:
-            line = sorted((c["length"] / 1024, c["tflops"]) for c in rungs[i]["cases"] if c["status"] == "ok")
-            if line and not rungs[i]["computed_layers"]:
-                right.plot(*zip(*line, strict=True), "o-", color=colour, alpha=0.7)
-                right.annotate(rungs[i]["name"], line[-1], fontsize="x-small")
+    colours = dict(zip(LADDERS, ("C0", "C1", "C2"), strict=True))
+    hatch = dict(hatch="//", edgecolor="white")
+    for i, rung in enumerate(rungs):
+        colour = colours[rung["ladder"]]
+        left.barh(i, rung["longest"] / 1024, color=colour, **({} if rung["failed"] else hatch))
+        text = f" {'' if rung['failed'] else '≥ '}{rung['longest']:,}"
+        left.text(rung["longest"] / 1024, i, text, va="center", fontsize="x-small")
+        line = sorted((c["length"] / 1024, c["tflops"]) for c in rung["cases"] if c["status"] == "ok")
+        if line and not rung["computed_layers"]:
+            right.plot(*zip(*line, strict=True), "o-", color=colour, alpha=0.7)
+            right.annotate(rung["name"], line[-1], fontsize="x-small")
+    shown = [ladder for ladder in LADDERS if any(rung["ladder"] == ladder for rung in rungs)]
+    legend = [pyplot.Rectangle((0, 0), 1, 1, color=colours[ladder], label=LADDERS[ladder]) for ladder in shown]
+    if any(rung["failed"] is None for rung in rungs):
+        says = "trains; longer ones were not tried"
+        legend.append(pyplot.Rectangle((0, 0), 1, 1, facecolor="grey", label=says, **hatch))
     names = [
         rung["name"] + (f" [{rung['computed_layers']} layers]" if rung["computed_layers"] else "") for rung in rungs
     ]
     left.set_yticks(range(len(rungs)), names, fontsize="small")
     left.invert_yaxis()
-    for i, rung in enumerate(rungs):
-        left.text(rung["longest"] / 1024, i, f" {rung['longest']:,}", va="center", fontsize="x-small")
     left.set(xscale="log", xlabel="longest sequence, 1024 tokens", title="How long a sequence trains")
     left.margins(x=0.15)
-    left.legend(fontsize="small")
+    left.legend(handles=legend, fontsize="small")
     right.set(
         xscale="log", xlabel="1024 tokens", ylabel="TFLOP/s per GPU (causal, no recomputation)", title="How fast"
     )
