@@ -131,11 +131,13 @@ class AttentionConfig(_Block):
         "fastest", "flash", "cudnn", "efficient", "flex", "math", "tiled", "flash_attn", "flash_attn_4"
     ] = "fastest"
     """`flash` (FlashAttention-2), `cudnn`, `efficient` and `math` are PyTorch's scaled-dot-product kernels, `flex` its
-    compiled one, `flash_attn` the package of that name, `flash_attn_4` the package flash-attn-4 (extra of that name;
-    Hopper and Blackwell, 16 bits), `tiled` our own in plain PyTorch. `fastest`: what PyTorch picks among its own for
-    plain and causal attention, `tiled` for everything else; on Hopper it picks a kernel made for it, and `flash` is
-    far slower there. `flash_attn_4` is faster still, but a beta that compiles for seconds at first use: only by name.
-    `flash` and `cudnn` take no masks, windows or ALiBi, `flash_attn` no masks, `flash_attn_4` no masks or ALiBi."""
+    compiled one, `flash_attn` the package of that name, `flash_attn_4` the package flash-attn-4 (extra of that name,
+    with CUDA 13 flash-attn-4-cu13; Hopper and Blackwell, 16 bits), `tiled` our own in plain PyTorch. `fastest`: what
+    PyTorch picks among its own for plain and causal attention, `tiled` for everything else; on Hopper it picks a
+    kernel made for it, and `flash` is far slower there. `flash_attn_4` is faster still, but a beta that compiles for
+    seconds at first use: only by name. Its gradients are bit-identical from run to run only under
+    `torch.use_deterministic_algorithms(True)`. `flash` and `cudnn` take no masks, windows or ALiBi, `flash_attn` no
+    masks, `flash_attn_4` no masks or ALiBi."""
 
     sliding_window: int = Field(0, ge=0)
     """Tokens that each token attends to, itself included. 0: no window."""

@@ -8,7 +8,8 @@ It shares the folder `flash_attn` with the older package of that name, which has
 
 Version 4.0.0b36 returns wrong gradients on Hopper, without a word, for head dims up to 128 of which the next multiple
 of 16 is none of 32, such as 80 and 112: those are padded. As it does not tell, its gradients are compared with the
-definition's once for each kind of input; what is compiled for that is what training uses.
+definition's once for each kind of input, at a length of several blocks. What is compiled for that is what training
+uses; sequences of a block or less may have kernels of their own, which are not compared.
 """
 
 import importlib
@@ -155,7 +156,7 @@ def _package():
     except Exception as error:  # its compiler looks for libraries and drivers and raises what it likes
         return None, (
             f'"flash_attn_4" needs the package flash-attn-4, which cannot be imported ({_first_line(error)}); '
-            "pip install 'deepspeed_ds4sci[flash-attn-4]'"
+            "pip install 'deepspeed_ds4sci[flash-attn-4]', with CUDA 13 'deepspeed_ds4sci[flash-attn-4-cu13]'"
         )
     missing = _missing_arguments(package)
     if missing:

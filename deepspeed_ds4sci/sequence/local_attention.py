@@ -88,7 +88,7 @@ def unkept_reason(implementation: str) -> str | None:
 def local_attention(q, k, v, rules: ScoreRules, implementation: str = "auto") -> torch.Tensor:
     """Attention of q [B, S, H, D] to k, v [B, S, G, D], H a multiple of G -> [B, S, H, D], dtype of q.
 
-    Head dims that are not multiples of 8 are padded with zeros inside; the scale stays that of `rules`.
+    Head dims that a kernel does not take are padded with zeros inside; the scale stays that of `rules`.
 
     Raises:
         NotImplementedError: the named implementation cannot compute these rules.
@@ -99,9 +99,11 @@ def local_attention(q, k, v, rules: ScoreRules, implementation: str = "auto") ->
     plain = rules.only_causal_or_nothing()
     if implementation == "tiled" or (implementation == "auto" and not plain):
         return ring_attention(q, k, v, rules, [((0, q.shape[1]),)], None, BlockKernel(fused=False))
+    if implementation == "flash_attn_4":  # pads by itself
+        return flash_attn_4.attention(q, k, v, rules)
     head_dim = q.shape[-1]
     q, k, v = (F.pad(x, (0, -head_dim % 8)) if head_dim % 8 else x for x in (q, k, v))
-    run = {"flex": _flex, "flash_attn": _flash_attn_package, "flash_attn_4": _flash_attn_4}.get(implementation, _sdpa)
+    run = {"flex": _flex, "flash_attn": _flash_attn_package}.get(implementation, _sdpa)
     return run(q, k, v, rules, implementation)[..., :head_dim]
 
 
@@ -246,7 +248,3 @@ def _flash_attn_package(q, k, v, rules, _):
         causal=causal,
     )
     return output.unflatten(0, (batch, seq_len))
-
-
-def _flash_attn_4(q, k, v, rules, _):
-    return flash_attn_4.attention(q, k, v, rules)

@@ -29,6 +29,7 @@ def _flash_attn_fwd(q, k, v, softmax_scale=None, causal=False, window_size_left=
                     return_lse=False):
     assert return_lse and q.shape[-1] in (24, 88, 120)
     CALLS.append("forward")
+    MASKS.append((causal, window_size_left, window_size_right))
     output = definition(q, k, v, softmax_scale, causal, window_size_left, window_size_right)
     return output, q.new_zeros(q.shape[0], q.shape[2], q.shape[1]), None, None, None
 
@@ -39,6 +40,7 @@ def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, w
     assert dout.is_contiguous() and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     CALLS.append("backward")
+    MASKS.append((causal, window_size_left, window_size_right))
     with torch.enable_grad():
         qkv = [x.detach().requires_grad_() for x in (q, k, v)]
         output = definition(*qkv, softmax_scale, causal, window_size_left, window_size_right)
@@ -46,7 +48,7 @@ def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, w
         return torch.autograd.grad(output, qkv, dout)
 
 
-CALLS = []
+CALLS, MASKS = [], []  # what was called, and under which masks
 
 
 def install(monkeypatch, **functions):
@@ -62,7 +64,7 @@ def as_on_a_gpu(monkeypatch, **functions):
     monkeypatch.setattr(flash_attn_4, "unavailable_reason", lambda device_type: None)
     monkeypatch.setattr(flash_attn_4, "_unsuited_inputs", lambda q: None)
     monkeypatch.setattr(flash_attn_4, "_CHECKED_TOKENS", 9)
-    monkeypatch.setattr(flash_attn_4, "_CHECKED_WINDOW", (3, 2))
+    monkeypatch.setattr(flash_attn_4, "_CHECKED_WINDOW", (4, 1))
     flash_attn_4._wrong_gradient.cache_clear()
 
 
@@ -74,17 +76,23 @@ def package(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [dict(causal=True), dict(causal=False), dict(causal=True, window=4), dict(causal=False, window=(3, 2))],
+    "arguments, checked, asked",
+    [
+        (dict(causal=True), (True, None, 0), (True, None, 0)),
+        (dict(causal=False), (False, None, None), (False, None, None)),
+        (dict(causal=True, window=4), (True, 4, 0), (True, 3, 0)),
+        (dict(causal=False, window=(3, 2)), (False, 4, 1), (False, 3, 2)),
+    ],
     ids=["causal", "plain", "window", "both sides"],
 )
-def test_the_package_is_called_with_its_own_arguments(package, arguments):
+def test_the_package_is_called_with_its_own_arguments(package, arguments, checked, asked):
     *qkv, do = make_qkv(2, 9, 4, 2, 5, torch.float64)
     attention = SequenceParallelAttention(implementation="flash_attn_4")
-    for calls in (["forward", "backward"] * 2, ["forward", "backward"]):  # its gradients are compared the first time
+    for masks in ([checked, asked], [asked]):  # its gradients are compared the first time, under the same kind of mask
         CALLS.clear()
+        MASKS.clear()
         assert_close(run(attention, qkv, do, **arguments), run(naive_attention, qkv, do, **arguments), 1e-12)
-        assert calls == CALLS
+        assert ["forward", "backward"] * len(masks) == CALLS and [mask for mask in masks for _ in range(2)] == MASKS
     CALLS.clear()
     with torch.no_grad():
         attention(*(x[:, :, :2] for x in qkv), **arguments)
@@ -164,6 +172,7 @@ def test_the_two_packages_are_told_apart(monkeypatch):
     assert local_attention.unavailable_reason("flash_attn", "cuda") is None
     reason = local_attention.unavailable_reason("flash_attn_4", "cuda")
     assert "the package flash-attn-4, which cannot be imported (No module named" in reason
+    assert "with CUDA 13 'deepspeed_ds4sci[flash-attn-4-cu13]'" in reason
 
 
 @pytest.mark.parametrize(
@@ -205,6 +214,15 @@ def test_gpus_dtypes_and_head_dims_are_checked(monkeypatch, capability, dtype, h
     x = torch.zeros(1, 4, 2, head_dim, dtype=dtype)
     found = flash_attn_4.unavailable_reason("cuda") or flash_attn_4._unsuited_inputs(x)
     assert found is None if message is None else found.startswith(f'"flash_attn_4" {message}')
+
+
+def test_the_head_dim_that_is_refused_is_the_one_given(monkeypatch):
+    install(monkeypatch)
+    monkeypatch.setattr(flash_attn_4, "unavailable_reason", lambda device_type: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    x = torch.zeros(1, 4, 2, 257, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="takes a head dim of at most 256, got 257"):
+        SequenceParallelAttention(implementation="flash_attn_4")(x, x, x)
 
 
 @pytest.mark.parametrize(
