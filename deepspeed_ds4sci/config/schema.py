@@ -191,7 +191,8 @@ class ActivationCheckpointingConfig(_Block):
     rank, 2 (bf16) x tokens of the rank x hidden size x checkpointed layers."""
 
     cpu_offload_attention: bool = False
-    """With `keep_attention`: keep what attention returned in CPU memory, as many bytes as `cpu_offload` takes."""
+    """With `keep_attention`: keep what attention returned in CPU memory: in bytes, per rank, 2 (bf16) x tokens of the
+    rank x heads x head dim, as the implementation pads it, x checkpointed layers. Mostly what `cpu_offload` takes."""
 
     def enabled(self) -> bool:
         return self.kind != "none"

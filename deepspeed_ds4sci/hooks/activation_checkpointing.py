@@ -34,9 +34,10 @@ class ActivationCheckpointingHook:
             targets = [target for layer in chosen for target in _attention_of(family, layer)]
         else:
             targets = [(layer, "forward") for layer in chosen]
-        offload = context.extras[self.name] = CheckpointOffload() if block.cpu_offload else None
+        offload = CheckpointOffload() if block.cpu_offload else None
         # Apart from what layers start from: each comes back one layer ahead.
         attention_offload = CheckpointOffload() if block.cpu_offload_attention else None
+        context.extras[self.name] = offload, attention_offload
         keep = functools.partial(_contexts, block.kind == "keep_attention", attention_offload)
         for module, name in targets:
             forward = getattr(module, name)
@@ -45,8 +46,8 @@ class ActivationCheckpointingHook:
         if "use_cache" in inspect.signature(model.forward).parameters:
             context.handles.append(model.register_forward_pre_hook(_without_cache, with_kwargs=True))
         waiting = {"what they start from": block.cpu_offload, "what attention returned": block.cpu_offload_attention}
-        waiting = " and ".join(what for what, waits in waiting.items() if waits)
-        where = f"; {waiting} waits in CPU memory" if waiting else ""
+        waiting = [what for what, waits in waiting.items() if waits]
+        where = f"; {' and '.join(waiting)} wait{'s' * (len(waiting) < 2)} in CPU memory" if waiting else ""
         return Change(
             len(targets),
             f"{_PARTS[block.kind]} are recomputed in the backward pass: {len(targets)} of every "
@@ -54,7 +55,7 @@ class ActivationCheckpointingHook:
         )
 
     def after_engine(self, engine, context):
-        engine.ds4sci_checkpoint_offload = context.extras[self.name]
+        engine.ds4sci_checkpoint_offload, engine.ds4sci_attention_offload = context.extras[self.name]
 
 
 def _attention_of(family, layer):

@@ -2,7 +2,7 @@
 """What checkpointed layers start from and what attention returned in them, kept in CPU memory for the backward pass.
 
 On a GPU the copies run on a stream of their own: out while the layer computes, and back one layer ahead of the
-backward pass. At most two such tensors are on the device at a time, next to the layer at work.
+backward pass. At most two such tensors of each kind are on the device at a time, next to the layer at work.
 """
 
 import weakref
@@ -56,7 +56,8 @@ class CheckpointOffload:
     def _start(self, device):
         if device.type not in ("cpu", "cuda"):
             raise NotImplementedError(
-                f"ds4sci.activation_checkpointing.cpu_offload works on CUDA and CPU devices, got {device}"
+                "ds4sci.activation_checkpointing.cpu_offload and cpu_offload_attention work on CUDA and CPU devices, "
+                f"got {device}"
             )
         self.pool = HostPool(pinned=device.type == "cuda")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

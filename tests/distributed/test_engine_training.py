@@ -20,8 +20,8 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 GRID = {"ulysses": 2, "ring": 2}
 
 
-def recomputed(kind, cpu_offload=False):
-    return {"activation_checkpointing": {"kind": kind, "cpu_offload": cpu_offload}}
+def recomputed(kind, cpu_offload=False, **others):
+    return {"activation_checkpointing": {"kind": kind, "cpu_offload": cpu_offload, **others}}
 
 
 def tiled(**parts):
@@ -108,6 +108,13 @@ TWO_RANKS = [
     Case("esm", stage=1, variant="recomputed", features={"activation_checkpointing": {"kind": "selective"}}),
     Case("llama", mode="ring", stage=3, variant="kept-attention", features=recomputed("keep_attention", True)),
     Case("genslm-rotary", mode="ulysses", stage=1, variant="kept-attention", features=recomputed("keep_attention")),
+    Case(
+        "llama",
+        stage=3,
+        accumulation=2,
+        variant="kept-attention-waiting",
+        features=recomputed("keep_attention", True, cpu_offload_attention=True),
+    ),
     Case("genslm-alibi", mode="ring", stage=2, accumulation=2, variant="waiting", features=recomputed("full", True)),
     Case("gpt2", stage=3, sharded_table=True, variant="waiting", features=recomputed("full", True)),
     Case("llama", mode="ring", stage=3, seq_len=13, variant="padding", features=mask("causal")),

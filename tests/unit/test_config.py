@@ -276,8 +276,12 @@ def test_check_explains_in_plain_words(tmp_path, capsys):
             {"activation_checkpointing": {"kind": "keep_attention", "every_n_layers": 2, "cpu_offload": True}},
             (
                 "One of every 2 layers is computed again in the backward pass, but for attention; what it starts from",
-                "waits in CPU memory and comes back one layer ahead",
+                "What layers start from waits in CPU memory and comes back one layer ahead",
             ),
+        ),
+        (
+            {"activation_checkpointing": {"kind": "keep_attention", "cpu_offload_attention": True}},
+            ("What attention returns waits in CPU memory and comes back one layer ahead",),
         ),
     ],
 )

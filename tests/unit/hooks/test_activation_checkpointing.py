@@ -4,11 +4,13 @@
 import contextlib
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from deepspeed_ds4sci.hooks.activation_checkpointing import ActivationCheckpointingHook
 from deepspeed_ds4sci.hooks.checkpoint_offload import CheckpointOffload, _Away
 from deepspeed_ds4sci.hooks.host_memory import HostPool
 from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
@@ -31,9 +33,9 @@ SETTINGS += [
 
 
 def with_hook(model, **block):
-    """A copy of the model with the hook on, and its offload object."""
+    """A copy of the model with the hook on, and what keeps its checkpoints in CPU memory."""
     model, _, context = apply.with_hooks(model, activation_checkpointing=block)
-    return model, context.extras["activation_checkpointing"]
+    return model, context.extras["activation_checkpointing"][0]
 
 
 def gradients(model, batch):
@@ -237,6 +239,37 @@ def test_what_attention_returned_comes_back_as_it_lay():
         found, found_lse, nothing = kept("attention", lambda: None)
     assert torch.equal(found, output) and found.stride() == output.stride() and found.data_ptr() != output.data_ptr()
     assert torch.equal(found_lse, lse) and nothing is None and len(left) == 1
+
+
+@pytest.mark.parametrize(
+    "block, waiting",
+    [
+        ({}, ""),
+        ({"cpu_offload": True}, "; what they start from waits in CPU memory"),
+        ({"cpu_offload_attention": True}, "; what attention returned waits in CPU memory"),
+        (
+            {"cpu_offload": True, "cpu_offload_attention": True},
+            "; what they start from and what attention returned wait in CPU memory",
+        ),
+    ],
+)
+def test_what_waits_is_told_and_found_at_the_engine(block, waiting):
+    block = {"kind": "keep_attention", **block}
+    model, (text,), context = apply.with_hooks(tiny_models.build("llama"), activation_checkpointing=block)
+    assert text.endswith(f"{tiny_models.LAYERS} of every 1{waiting}")
+    engine = SimpleNamespace()
+    ActivationCheckpointingHook().after_engine(engine, context)
+    gradients(model, tiny_models.batch("llama", 1, 16, 0))
+    for name in ("checkpoint", "attention"):
+        offload = getattr(engine, f"ds4sci_{name}_offload")
+        asked = block.get("cpu_offload" if name == "checkpoint" else "cpu_offload_attention")
+        assert (offload is not None and offload.pool.held_bytes > 0) == bool(asked)
+
+
+def test_a_device_that_it_cannot_copy_from_is_refused():
+    message = "checkpointing.cpu_offload and cpu_offload_attention work on CUDA and CPU devices, got meta"
+    with pytest.raises(NotImplementedError, match=message):
+        CheckpointOffload().leave(torch.empty(1, device="meta"))
 
 
 def test_nothing_keeps_the_tensor_that_left():
