@@ -22,15 +22,16 @@ int64_t num_forward_items(const KernelParams& p) {
            ceil_div(p.rows_per_group, sm90_rows_per_block(p.head_dim)) * p.heads * p.num_groups;
 }
 
-bool takes_dqkv(const KernelParams& p) {
-    int32_t num_sms = 0;
-    return count_multiprocessors(&num_sms) == cudaSuccess && takes_dqkv(p, num_sms);
+// Of the current GPU; 0 if they cannot be counted.
+int32_t num_multiprocessors() {
+    int32_t count = 0;
+    return count_multiprocessors(&count) == cudaSuccess ? count : 0;
 }
 
 // What the blocks of the kernel of dQ, dK and dV keep between two passes over the keys.
 int64_t dq_scratch_elements(const KernelParams& p) {
-    int32_t num_sms = 0;
-    if (count_multiprocessors(&num_sms) != cudaSuccess || !takes_dqkv(p, num_sms)) return 0;
+    const int32_t num_sms = num_multiprocessors();
+    if (!takes_dqkv(p, num_sms)) return 0;
     if (p.k_len <= dqkv_warpgroups(p.head_dim, p.k_len) * kTileRows) return 0;
     const int padded_head_dim = p.head_dim <= 16 ? 16 : p.head_dim <= 32 ? 32 : 64;
     return static_cast<int64_t>(num_sms) * p.q_len_padded * padded_head_dim;
@@ -136,7 +137,7 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
             // Of the kernel of dQ, dK and dV, which takes 32 queries at a time, unlike the one of d(pair_bias) before
             // it.
             constexpr int kHalfTile = kTileRows / 2;
-            const bool with_dqkv = takes_dqkv(p);
+            const bool with_dqkv = takes_dqkv(p, num_multiprocessors());
             if (status == cudaSuccess)
                 status = encode_maps(p, kHeadDim, with_dqkv && !wants_dpair ? kHalfTile : kTileRows);
             p.follows_prepare = true;

@@ -4,7 +4,7 @@
 // P^T and dS^T come out as first operands of the next ones.
 #pragma once
 #include "bias.h"
-#include "sm90/tile_config.h"
+#include "sm90/key_rows.cuh"
 
 namespace ds4sci {
 
@@ -98,9 +98,8 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
         const MatrixOperand summed_query_tiles = Rows::over_positions(Tile::query_tile(kSmemBase, own_row));
         const MatrixOperand summed_d_o_tiles = Rows::over_positions(Tile::d_o_tile(kSmemBase, own_row));
         const MatrixOperand aux_tiles = aux_operand(Tile::aux_tile(kSmemBase, own_row));
-        // Transposed fragments of the bias tile, whose rows are queries: keys become rows.
-        const uint32_t bias_tiles = kept(kSmemBase + own_tile * kBiasTileBytes + ((lane >> 4) * 8 + (lane & 7)) * 128 +
-                                         ((warp_row * 2 + ((lane >> 3) & 1) * 16) ^ ((lane & 7) << 4)));
+        const uint32_t bias_tiles =
+            kept(kSmemBase + own_tile * kBiasTileBytes + transposed_bias_fragment(warp_row, lane));
         const uint32_t refs =
             kept(kSmemBase + Tile::kRefsOffset + (Tile::kRefsByMatrix ? (lane >> 3) * 16 : pair * 8));
         typename Tile::OwnRing keys = Tile::own_ring(warpgroup);
@@ -230,13 +229,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                         wgmma_rs<T, true>(dk, packed_ds[i], summed_query_tiles.plus(step));
                     }
                     wgmma_commit();
-                    if (p.dmask_bias != nullptr) {
-#pragma unroll
-                        for (int j = 0; j < 4; ++j) {
-                            dmask[0] += x[j][0] + x[j][1];
-                            dmask[1] += x[j][2] + x[j][3];
-                        }
-                    }
+                    if (p.dmask_bias != nullptr) add_key_sums(dmask, x);
                     if (part == 0) {
                         wgmma_wait<2>();
                     } else {
@@ -267,15 +260,7 @@ __global__ void __launch_bounds__(Sm90BwdDkvTile<kHeadDim, kPair>::kThreads, 1)
                 tma_store(&p.dv_map, rows + Tile::kTileBytes, 0, key, record.head, record.n, record.b);
                 tma_store_commit();
             }
-            if (p.dmask_bias != nullptr) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    dmask[i] += shfl_xor(dmask[i], 1);
-                    dmask[i] += shfl_xor(dmask[i], 2);
-                    const int key = warp_row + quad + 8 * i;
-                    if (pair == 0 && key < record.valid) record.vector_out[key] = dmask[i];
-                }
-            }
+            if (p.dmask_bias != nullptr) store_key_sums(record, dmask, warp_row, lane);
             stored = keys.empty();
             keys.advance();
         }

@@ -7,7 +7,7 @@
 // a scratch of the block. This warpgroup copies, too.
 #pragma once
 #include "bias.h"
-#include "sm90/tile_config.h"
+#include "sm90/key_rows.cuh"
 
 namespace ds4sci {
 
@@ -192,10 +192,8 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
         const MatrixOperand summed_query_tiles = Rows::over_positions(kSmemBase + Tile::kQueryOffset);
         const MatrixOperand summed_d_o_tiles = Rows::over_positions(kSmemBase + Tile::kDOOffset);
         const MatrixOperand aux_tiles = aux_operand(kSmemBase + Tile::kAuxOffset);
-        // Transposed fragments of the bias tile, whose rows are queries: keys become rows.
         const uint32_t bias_tile =
-            kept(kSmemBase + warpgroup * Tile::kBiasHalfBytes + ((lane >> 4) * 8 + (lane & 7)) * 128 +
-                 ((warp_row * 2 + ((lane >> 3) & 1) * 16) ^ ((lane & 7) << 4)));
+            kept(kSmemBase + warpgroup * Tile::kBiasHalfBytes + transposed_bias_fragment(warp_row, lane));
         const uint32_t refs =
             kept(kSmemBase + Tile::kRefsOffset + (Tile::kRefsByMatrix ? (lane >> 3) * 16 : pair * 8));
         // This warp's 16 rows of dS^T.
@@ -320,13 +318,7 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                             wgmma_rs<T, true>(dk, packed_ds[i], summed_query_tiles.plus(step));
                         }
                         wgmma_commit();
-                        if (p.dmask_bias != nullptr) {
-#pragma unroll
-                            for (int j = 0; j < 4; ++j) {
-                                dmask[0] += s[j][0] + s[j][1];
-                                dmask[1] += s[j][2] + s[j][3];
-                            }
-                        }
+                        if (p.dmask_bias != nullptr) add_key_sums(dmask, s);
                         ring.advance();
                     }
                     advance_slot();
@@ -364,15 +356,7 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                     }
                     warp_sync();
                 }
-                if (p.dmask_bias != nullptr) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        dmask[i] += shfl_xor(dmask[i], 1);
-                        dmask[i] += shfl_xor(dmask[i], 2);
-                        const int key = warp_row + quad + 8 * i;
-                        if (pair == 0 && key < record.valid) record.vector_out[key] = dmask[i];
-                    }
-                }
+                if (p.dmask_bias != nullptr) store_key_sums(record, dmask, warp_row, lane);
                 keys.advance();
             }
         }

@@ -185,6 +185,16 @@ DS4SCI_DEVICE void wait_for_previous_kernels() { asm volatile("griddepcontrol.wa
 DS4SCI_DEVICE void see_what_is_complete() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // The next kernel may start where this one leaves multiprocessors free.
 DS4SCI_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// By all threads when barriers are initialised. waits: whether what this kernel reads may not be complete yet.
+DS4SCI_DEVICE void start_block(bool waits) {
+    if (waits) {
+        wait_for_previous_kernels();
+    } else {
+        see_what_is_complete();
+    }
+    let_next_kernel_start();
+    block_sync();
+}
 
 // Hand registers from warpgroups that copy to warpgroups that compute.
 template <int kRegisters>

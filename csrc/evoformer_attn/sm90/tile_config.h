@@ -89,13 +89,7 @@ struct SmemLayout {
             for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, 128);
             mbarrier_init_fence();
         }
-        if (follows_prepare) {
-            wait_for_previous_kernels();
-        } else {
-            see_what_is_complete();
-        }
-        let_next_kernel_start();
-        block_sync();
+        start_block(follows_prepare);
     }
 };
 
@@ -282,13 +276,7 @@ struct Sm90BwdDqkvTile {
             }
             mbarrier_init_fence();
         }
-        if (follows_prepare) {
-            wait_for_previous_kernels();
-        } else {
-            see_what_is_complete();
-        }
-        let_next_kernel_start();
-        block_sync();
+        start_block(follows_prepare);
     }
 };
 
