@@ -107,6 +107,7 @@ class Prober:
             steps=options.steps,
             repeat_under=options.repeat_under,
             beside_others=options.beside_others,
+            device_gib=options.device_gib,
             climb=climb,
         )
         trying = ", ".join(f"{length:,}" for length in lengths)
@@ -187,6 +188,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--steps", type=int, default=2, help="per length; the last is timed")
     add("--repeat-under", type=float, help="a step of more seconds is timed as it is; default: by --probe-seconds")
     add("--beside-others", action="store_true", help="count the process's resident memory: other programs run here")
+    add("--device-gib", type=float, help="use no more of each GPU, as if it were a smaller one, such as 79.2")
     add("--json", type=Path, help="where the record goes")
     add("--plot", type=Path, help="where the picture goes")
     add("--redraw", help="records, separated by commas: their rungs as one plot, nothing is run")

@@ -169,3 +169,27 @@ def test_a_start_that_hangs_does_not_take_the_time_of_the_search(tmp_path):
     output.write_text('{"event": "ready"}\n')  # from here on it is the case that takes the time
     began = time.monotonic()
     assert launch._wait(hangs, output, began + 0.6, None, 0.2) == "time" and time.monotonic() > began + 0.5
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [("max 100000", 8), ("400000 100000", 4), ("50000 100000", 1), ("", 8)])
+def test_threads_are_those_of_the_cpus_that_a_container_gives(monkeypatch, tmp_path, quota, cpus):
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: range(8))
+    (tmp_path / "cpu.max").write_text(quota)
+    assert launch.usable_cpus(tmp_path / "cpu.max") == cpus and launch.usable_cpus(tmp_path / "none") == 8
+
+
+def test_a_larger_gpu_can_be_used_like_a_smaller_one(monkeypatch):
+    """What CUDA and NCCL hold beside torch's allocator is taken from the smaller one too."""
+    fractions, gib = [], 2**30
+    monkeypatch.setattr(worker.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(worker.torch.cuda, "mem_get_info", lambda *_: (100 * gib, 140 * gib))
+    monkeypatch.setattr(worker.torch.cuda, "memory_reserved", lambda *_: 38 * gib)
+    monkeypatch.setattr(
+        worker.torch.cuda, "set_per_process_memory_fraction", lambda fraction, _: fractions.append(fraction)
+    )
+    worker.limit_device(79, torch.device("cuda"))
+    assert fractions == [pytest.approx((79 - 2) / 140)]
+    options = longest_sequence.parse_arguments(["--tiny", "--rungs", "recompute", "--device-gib", "79"])
+    assert (
+        models.job_of(options.rungs[0], [(1, 64)], tiny=True, compute_layers=None, device_gib=79)["device_gib"] == 79
+    )

@@ -70,6 +70,7 @@ def measure(variant: Rung, cases: list[tuple[int, int]], options, deadline: floa
         compute_layers=None,
         steps=options.steps,
         repeat_under=options.repeat_under,
+        device_gib=options.device_gib,
     )
     found = run_cases(
         job,
@@ -113,6 +114,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--case-seconds", type=float, default=200, help="for one case; longer ends the variant")
     add("--steps", type=int, default=3, help="per case; the last is timed")
     add("--repeat-under", type=float, help="a step of more seconds is timed as it is; default: by --case-seconds")
+    add("--device-gib", type=float, help="use no more of each GPU, as if it were a smaller one, such as 79.2")
     add("--json", type=Path, help="where the record goes")
     add("--plot", type=Path, help="where the picture goes")
     add("--tiny", action="store_true", help="rehearsal on CPU ranks with a model of 200,000 parameters")

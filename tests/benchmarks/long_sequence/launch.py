@@ -19,6 +19,17 @@ START_SECONDS = 150.0  # for processes to start, to make model and engine and to
 _TAIL = 2000  # characters of output kept of a run that failed
 
 
+def usable_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """CPUs that this process may use. A container often shows all of its host's and gives a share of their time, in
+    which as many threads as there are CPUs to be seen stand in each other's way."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        share, period = quota.read_text().split()
+        return cpus if share == "max" else max(1, min(cpus, int(share) // int(period)))
+    except (OSError, ValueError):
+        return cpus
+
+
 def longest_repeated(case_seconds: float, steps: int) -> float:
     """Seconds of the longest step that is repeated unless told otherwise: all and one more fit into a case."""
     return case_seconds / (steps + 1)
@@ -90,6 +101,7 @@ def _start(folder, ranks, tiny):
             **dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // ranks)))
         if tiny:
             variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         with open(folder / f"log-{rank}.txt", "w") as log:

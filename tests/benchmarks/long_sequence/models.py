@@ -53,13 +53,14 @@ def job_of(
     steps: int = 2,
     repeat_under: float = math.inf,
     beside_others: bool = False,
+    device_gib: float | None = None,
     climb: dict | None = None,
 ) -> dict:
     """What `launch.run_cases` runs.
 
     Args:
         steps: per case, the last is timed. repeat_under: seconds; after a longer step none follows.
-        beside_others: see `worker.HostMemory`.
+        beside_others: see `worker.HostMemory`. device_gib: see `worker.limit_device`.
         climb: fields of a `Climb`: after the cases its lengths are tried, at most `limit` tokens.
 
     Raises:
@@ -82,6 +83,7 @@ def job_of(
         "repeat_under": repeat_under,
         "compute_layers": compute_layers,
         "beside_others": beside_others,
+        "device_gib": device_gib,
         "device_mask": rung.device_mask,
         "tricks": list(rung.tricks),
     }

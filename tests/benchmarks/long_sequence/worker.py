@@ -43,6 +43,8 @@ def main(path: str) -> int:
     model, mpu = llama(job, device) if job["kind"] == "alst" else decoder(job, device)
     engine, *_ = deepspeed.initialize(model=model, config=job["ds_config"], mpu=mpu)
     make_states(engine, job, device)
+    if job["device_gib"] and device.type == "cuda":
+        limit_device(job["device_gib"], device)
     say(job, {"event": "ready", "seconds": time.perf_counter() - began})
     for batch_size, length in cases(job, device):
         say(job, {"event": "trying", "batch_size": batch_size, "length": length})
@@ -69,7 +71,8 @@ def cases(job, device):
         return int(most)
 
     # The rest is CUDA's and lost between blocks.
-    capacity = int(0.975 * torch.cuda.mem_get_info()[1]) if cuda else 0
+    whole = (job["device_gib"] or 0) * 2**30 or torch.cuda.mem_get_info()[1] if cuda else 0
+    capacity = int(0.975 * whole)
     peaks = {0: agreed(torch.cuda.memory_allocated() if cuda else 0)} | dict(job["climb"]["peaks"])
     climb = Climb(**job["climb"] | {"capacity": capacity, "peaks": peaks})
     while (length := climb.next_length()) is not None:
@@ -84,6 +87,15 @@ def make_states(engine, job, device):
     length = min(256, *lengths)
     if measure(engine, job | {"steps": 1}, 1, length, device)["status"] != "ok":
         os._exit(OUT_OF_MEMORY)
+
+
+def limit_device(gib: float, device) -> None:
+    """From now on this process gets no more of the GPU than a card of `gib` would have left for it: what CUDA and the
+    collectives hold beside torch's allocator counts."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    beside = total - free - torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction((gib * 2**30 - beside) / total, device)
 
 
 def say(job, record):
