@@ -10,6 +10,7 @@ from deepspeed_ds4sci.models import GenSLM, GenSLMConfig
 from deepspeed_ds4sci.sequence import flash_attn_4
 from deepspeed_ds4sci.sequence.local_attention import local_attention
 from deepspeed_ds4sci.sequence.scores import ScoreRules
+from tests.benchmarks.causal_accuracy import TENSORS, measure
 from tests.helpers.numerics import assert_no_worse_than_eager
 from tests.unit.hooks.apply import train, with_hooks
 
@@ -74,6 +75,17 @@ def test_it_is_no_worse_than_eager(seq_len, heads, groups, head_dim, left, right
         # One key has all the weight: the gradients of q and k are sums that cancel to nothing.
         magnitude = 1.0 if seq_len == 1 else None
         assert_no_worse_than_eager(name, ours, theirs, reference, magnitude=magnitude)
+
+
+@pytest.mark.parametrize("head_dim", [120, 128])  # of our 2.5B decoder, of Llama's
+def test_it_is_as_exact_at_the_lengths_that_train(head_dim):
+    """Two of all heads against fp64, all of them against cuDNN's."""
+    arguments = (65536, 3840 // head_dim, head_dim, ["cudnn", "flash_attn_4"], torch.device("cuda"), torch.bfloat16, 2)
+    _, row = measure(*arguments)
+    assert row["finite"] and all(row["difference"][name] < 0.01 for name in TENSORS)
+    for name in TENSORS:
+        assert row["errors"][name]["rms"] <= row["eager"][name]["rms"], name
+        assert row["errors"][name]["max"] <= 2 * row["eager"][name]["max"], name
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
