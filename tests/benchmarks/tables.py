@@ -17,12 +17,14 @@ How long sequences train is a table of every length in some records of `results/
     <!-- lengths:h100-steps_65536,h100-steps_131072 -->
     <!-- /lengths -->
 
-The longest sequence of every rung of such records, and which causal attention is fastest:
+The longest sequence of every rung of such records, which causal attention is fastest, and how exact it is:
 
     <!-- ladder:h100-ladder_short,h100-flash -->
     <!-- /ladder -->
     <!-- attention:h100-causal_attention -->
     <!-- /attention -->
+    <!-- accuracy:h100-causal_accuracy -->
+    <!-- /accuracy -->
 
 What explicit masks cost, of a record of `two_gpus` there:
 
@@ -35,6 +37,7 @@ import json
 import re
 from pathlib import Path
 
+from tests.benchmarks.causal_accuracy import markdown_accuracy
 from tests.benchmarks.causal_attention import markdown_attention
 from tests.benchmarks.long_sequence.report import markdown_ladder, markdown_lengths
 from tests.benchmarks.record import machine_line, read
@@ -48,6 +51,7 @@ BLOCK = re.compile(r"<!-- bench:(?P<name>[\w.-]+)(?P<options>[^>]*?) -->\n.*?<!-
 LENGTHS = re.compile(r"<!-- lengths:(?P<names>[\w.,-]+) -->\n.*?<!-- /lengths -->", re.S)
 LADDER = re.compile(r"<!-- ladder:(?P<names>[\w.,-]+) -->\n.*?<!-- /ladder -->", re.S)
 ATTENTION = re.compile(r"<!-- attention:(?P<name>[\w.-]+) -->\n.*?<!-- /attention -->", re.S)
+ACCURACY = re.compile(r"<!-- accuracy:(?P<name>[\w.-]+) -->\n.*?<!-- /accuracy -->", re.S)
 MASKS = re.compile(r"<!-- masks:(?P<name>[\w.-]+) -->\n.*?<!-- /masks -->", re.S)
 OPTIONS = {"show": "time", "columns": "", "shapes": ""}
 
@@ -145,6 +149,7 @@ def updated(text: str, results: Path = RESULTS) -> str:
     text = LENGTHS.sub(of_several("lengths", markdown_lengths), text)
     text = LADDER.sub(of_several("ladder", markdown_ladder), text)
     text = ATTENTION.sub(of_one("attention", markdown_attention), text)
+    text = ACCURACY.sub(of_one("accuracy", markdown_accuracy), text)
     return MASKS.sub(of_one("masks", markdown_masks), text)
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.benchmarks import causal_accuracy
+from tests.benchmarks import causal_accuracy, tables
 from tests.benchmarks.causal_accuracy import TENSORS, computed, definition, difference, errors, main
 
 
@@ -43,6 +43,10 @@ def test_the_record_and_its_table(tmp_path, capsys):
                 assert row["difference"]["to"] == "math" and row["difference"]["dq"] < 1e-2
     table = capsys.readouterr().out
     assert "| 70, 3 x 8 | `math` |" in table and " to `math` |" in table
+    (tmp_path / "long_sequence").mkdir()
+    record.rename(tmp_path / "long_sequence" / "here.json")
+    text = tables.updated("<!-- accuracy:here -->\nold\n<!-- /accuracy -->\n", tmp_path)
+    assert "| 70, 3 x 8 | `math` |" in text and "old" not in text and text.endswith("<!-- /accuracy -->\n")
 
 
 def test_a_name_that_does_not_exist(capsys):
