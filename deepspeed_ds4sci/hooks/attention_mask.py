@@ -111,12 +111,13 @@ class MaskBuilder:
         """The batch with its mask: [B|1, H|1, rows that this rank attends for, S], on the device."""
         layout, is_tensor = batch.layout, isinstance(custom, torch.Tensor)
         alone = is_tensor and self.mask_says_all
+        limits = self.causal and not alone, self.window
         documents = None if alone else batch.document_ids
         padding = None if alone or batch.key_mask is None else batch.key_mask[:, 0, 0]
         lengths_only = custom is None and documents is None and padding is None
         key = (layout, device)
         if lengths_only and self._latest is not None and self._latest[0] == key:
-            return replace(batch, mask=self._latest[1], built=True)
+            return replace(batch, mask=self._latest[1], built=True, limits=limits)
         self._latest = None  # before the next one takes its memory
         factory = MaskFactory(device, self.cpu_threshold, custom.dtype if is_tensor else torch.bool)
         per_batch, per_head = (False, False)
@@ -133,8 +134,8 @@ class MaskBuilder:
         mask = factory(
             layout.seq_len,
             layout.attention_ranges(self.rank),
-            causal=self.causal and not alone,
-            window=self.window,
+            causal=limits[0],
+            window=limits[1],
             document_ids=documents,
             padding_mask=padding,
             custom=custom,
@@ -143,7 +144,7 @@ class MaskBuilder:
         )
         if lengths_only:
             self._latest = key, mask
-        return replace(batch, mask=mask, built=True)
+        return replace(batch, mask=mask, built=True, limits=limits)
 
 
 def _whole(custom, batch):

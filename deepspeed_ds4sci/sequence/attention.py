@@ -74,6 +74,11 @@ class SequenceParallelAttention:
         """Tokens of which S must be a multiple."""
         return length_multiple(self.size, self.mode)
 
+    @property
+    def skips_tiles(self) -> bool:
+        """Whether attention under a mask leaves out what causality or a window empties; others form all scores."""
+        return self._ring_group is not None or self.implementation in ("auto", "tiled")
+
     def layout(self, local_len: int) -> Layout:
         """Who holds what when each rank holds `local_len` tokens."""
         return Layout(local_len * self.size, self.size, self.mode)

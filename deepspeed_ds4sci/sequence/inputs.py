@@ -26,6 +26,7 @@ class ShardedBatch:
     positions: [B|1, L] int64 or None: the position of each of this rank's tokens in its sequence.
     built: `mask` was built for this batch by the rows that attention works on, and says everything about who sees
         whom.
+    limits: (causal, window) of attention that a built mask contains.
     """
 
     layout: Layout
@@ -37,6 +38,7 @@ class ShardedBatch:
     document_ids: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     built: bool = False
+    limits: tuple[bool, int | None] = (False, None)
 
     def attention_mask(self):
         """The two masks as one; None if there is none."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from deepspeed_ds4sci.hooks import attention_mask
+from deepspeed_ds4sci.sequence import blocks
 from deepspeed_ds4sci.sequence.inputs import ShardedBatch
 from deepspeed_ds4sci.sequence.layout import Layout
 from tests.distributed import tiny_models
@@ -94,6 +95,37 @@ def test_a_window_is_part_of_the_mask():
     )
     plain, *_ = with_hooks(tiny_models.build("genslm-rotary"), attention={"sliding_window": 4})
     assert_trains_like(ours, batch, plain, batch)
+
+
+@pytest.mark.parametrize(
+    "block, implementation, tiles",
+    [
+        ({"kind": "causal"}, "fastest", 10),
+        ({"kind": "document"}, "tiled", 10),
+        ({"kind": "custom", "rule": "tests.helpers.mask_rules:near_or_global"}, "fastest", 10),
+        ({"kind": "causal"}, "math", 0),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else None,
+)
+def test_tiles_above_the_diagonal_are_left_out(monkeypatch, block, implementation, tiles):
+    """As without a mask: four by four tiles, half of them empty."""
+    computed = []
+    tile_forward = blocks._tile_forward
+    monkeypatch.setattr(blocks, "TILE", 4)
+    monkeypatch.setattr(blocks, "_tile_forward", lambda *a: computed.append(a[4:6]) or tile_forward(*a))
+    model, batch = tiny_models.build("genslm-rotary"), batch_of("genslm-rotary", documents=block["kind"] == "document")
+    ours, *_ = with_hooks(model, attention_mask=block, attention={"implementation": implementation})
+    ours(**batch)
+    assert len(computed) == tiles * len(model.layers)
+    assert all(keys[0] <= queries[1] - 1 for queries, keys in computed)
+
+
+def test_a_mask_that_says_all_may_look_ahead():
+    """transformers' models take a mask of the batch for all that there is to say."""
+    model, batch = tiny_models.build("llama"), batch_of("llama")
+    ours, *_ = with_hooks(model, attention_mask={"kind": "custom"})
+    both_ways = {**batch, "attention_mask": torch.ones(1, 1, 16, 16, dtype=torch.bool)}
+    assert_trains_like(ours, both_ways, model, both_ways)
 
 
 def asked_within_13(batch, head, query, key):
