@@ -191,6 +191,31 @@ def test_the_ladder_is_put_together_from_records(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_ladder_says_which_rungs_ran_on_another_card_and_takes_the_last_record_of_a_rung(tmp_path):
+    record = ladder_record()
+    again = dict(record["rungs"][0], longest=64, failed=96)
+    other = {"machine": ABOUT | {"device": "NVIDIA H200 NVL"}, "rungs": [dict(again, name="tiling"), again]}
+    lines = report.markdown_ladder([record, other]).splitlines()[2:]
+    assert lines[0].startswith("| `flash`: + flash, on H200 | 1 | 64 | 96, ") and lines[2] == ""
+    assert lines[1].startswith("| `tiling`: + flash, on H200 | 1 | 64 | 96, ")
+    assert "| `tiling`: + flash, 8 layers computed, on H200 | 64 |" in report.markdown_lengths([record, other])
+    assert " on " not in report.markdown_ladder([other, other]).split("\n\n")[0]
+    assert report._bar_name(report.together([record, other])["rungs"][0]) == "flash [8 layers, H200]"
+
+
+def test_the_end_of_a_budget_says_nothing_about_a_length(monkeypatch):
+    cut_off = dict(event="case", batch_size=1, length=128, status="time")
+    monkeypatch.setattr(throughput_by_length, "run_cases", lambda *_, **__: [OK | STEPS | {"event": "case"}, cut_off])
+    options = throughput_by_length.parse_arguments(["--tiny", "--variants", "on"])
+
+    def statuses(seconds):
+        monkeypatch.setattr(throughput_by_length.time, "monotonic", iter([0.0, seconds]).__next__)
+        found = throughput_by_length.measure(options.variants[0], [(1, 64), (1, 128)], options, 10.0, 1e12)
+        return [case["status"] for case in found]
+
+    assert statuses(9.0) == ["ok", "time"] and statuses(11.0) == ["ok"]
+
+
 def test_a_table_says_where_the_first_step_was_timed():
     later = report.with_rates(OK | STEPS, CONFIG, 1, 1e12)
     first = later | dict(timed_step=1, step_seconds=[0.5])

@@ -103,7 +103,7 @@ def ladder_table(record: dict) -> str:
 def markdown_lengths(records: list[dict]) -> str:
     """For a README: a line per length that a rung or variant of the records tried, in their order, and their runs."""
     columns = [(column, HEADS.index(column)) for column in HEADS if column != "method's TFLOP/s"]
-    lines = [line for record in records for line in (record["rungs"] if "rungs" in record else record["variants"])]
+    lines = _lines(records)
     of_batches = any(case.get("batch_size", 1) > 1 for line in lines for case in _cases(line))
     rows = ["| rung | tokens | " + " | ".join(name for name, _ in columns) + " |"]
     rows.append("|---" * (2 + len(columns)) + "|")
@@ -114,13 +114,13 @@ def markdown_lengths(records: list[dict]) -> str:
                 continue
             figures = " | ".join(cells(case)[index] for _, index in columns)
             tokens = f"{case.get('batch_size', 1)} x {case['length']:,}" if of_batches else f"{case['length']:,}"
-            rows.append(f"| `{line['name']}`: {line['says']}{layers} | {tokens} | {figures} |")
+            rows.append(f"| `{line['name']}`: {line['says']}{layers}{_on(line)} | {tokens} | {figures} |")
     return "\n".join([*rows, "", _runs(records), ""])
 
 
 def markdown_ladder(records: list[dict]) -> str:
     """For a README: a line per rung of the records that trained, by ladder, else in their order: the longest sequence,
-    how it is known, and the figures of a complete step there."""
+    how it is known, and the figures of a complete step there. Of a rung that several records have, the last one's."""
     columns = [column for column in HEADS if column not in ("method's TFLOP/s", "TFLOP/s/GPU")]
     rows = ["| rung | GPUs | longest | failed at | " + " | ".join(columns) + " |", "|---" * (4 + len(columns)) + "|"]
     for rung in _by_ladder(records):
@@ -131,9 +131,8 @@ def markdown_ladder(records: list[dict]) -> str:
         beyond = f"none, of up to {rung['longest']:,}" if rung.get("ended") == "limit" else "not tried"
         failed = f"{rung['failed']:,}, {rung['because']}" if rung["failed"] else beyond
         figures = " | ".join(shown[column] for column in columns)
-        rows.append(
-            f"| `{rung['name']}`: {rung['says']} | {rung['gpus']} | {rung['longest']:,} | {failed} | {figures} |"
-        )
+        name = f"`{rung['name']}`: {rung['says']}{_on(rung)}"
+        rows.append(f"| {name} | {rung['gpus']} | {rung['longest']:,} | {failed} | {figures} |")
     return "\n".join([*rows, "", _runs(records), ""])
 
 
@@ -150,8 +149,22 @@ def together(records: list[dict]) -> dict:
 
 
 def _by_ladder(records):
-    trained = [rung for record in records for rung in record["rungs"] if rung["longest"]]
-    return sorted(trained, key=lambda rung: list(LADDERS).index(rung["ladder"]))
+    trained = {rung["name"]: rung for rung in _lines(records) if rung["longest"]}
+    return sorted(trained.values(), key=lambda rung: list(LADDERS).index(rung["ladder"]))
+
+
+def _lines(records):
+    """Rungs or variants, with "card" where the records are of several cards and this one is not of the first."""
+    lines = []
+    for record in records:
+        device, usual = record["machine"]["device"], records[0]["machine"]["device"]
+        card = {} if device == usual else {"card": device.removeprefix("NVIDIA ").split()[0]}
+        lines += [line | card for line in (record["rungs"] if "rungs" in record else record["variants"])]
+    return lines
+
+
+def _on(line):
+    return f", on {line['card']}" if "card" in line else ""
 
 
 def _cases(line: dict) -> list[dict]:
@@ -180,10 +193,7 @@ def draw_ladder(record: dict, path: Path) -> None:
     if any(rung["failed"] is None for rung in rungs):
         says = "trains; longer ones were not tried"
         legend.append(pyplot.Rectangle((0, 0), 1, 1, facecolor="grey", label=says, **hatch))
-    names = [
-        rung["name"] + (f" [{rung['computed_layers']} layers]" if rung["computed_layers"] else "") for rung in rungs
-    ]
-    left.set_yticks(range(len(rungs)), names, fontsize="small")
+    left.set_yticks(range(len(rungs)), [_bar_name(rung) for rung in rungs], fontsize="small")
     left.invert_yaxis()
     left.set(xscale="log", xlabel="longest sequence, 1024 tokens", title="How long a sequence trains")
     left.margins(x=0.15)
@@ -193,6 +203,12 @@ def draw_ladder(record: dict, path: Path) -> None:
     )
     right.grid(alpha=0.3)
     _save(figure, record, path)
+
+
+def _bar_name(rung):
+    layers = [f"{rung['computed_layers']} layers"] if rung["computed_layers"] else []
+    words = ", ".join([*layers, *([rung["card"]] if "card" in rung else [])])
+    return rung["name"] + (f" [{words}]" if words else "")
 
 
 def draw_lengths(record: dict, path: Path) -> None:
