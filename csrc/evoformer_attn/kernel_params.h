@@ -68,6 +68,14 @@ DS4SCI_DEVICE WorkItem decode_work_item(uint32_t block, int num_tiles, int num_r
     item.row_block = p.heads_before_rows ? second : first;
     return item;
 }
+// The other way.
+DS4SCI_DEVICE int encode_work_item(const WorkItem& item, int num_tiles, int num_row_blocks, const KernelParams& p) {
+    const int inner = p.heads_before_rows ? p.heads : num_row_blocks;
+    const int outer = p.heads_before_rows ? num_row_blocks : p.heads;
+    const int first = p.heads_before_rows ? item.head : item.row_block;
+    const int second = p.heads_before_rows ? item.row_block : item.head;
+    return ((item.group * outer + second) * inner + first) * num_tiles + item.tile;
+}
 
 // One row (b, n) of the problem: where its tensors begin.
 struct RowLocation {

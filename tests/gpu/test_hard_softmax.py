@@ -9,6 +9,7 @@ import dataclasses
 import pytest
 import torch
 
+from deepspeed_ds4sci import evoformer_attention
 from tests.helpers import shapes
 from tests.helpers.inputs import make_inputs
 from tests.helpers.numerics import (
@@ -77,6 +78,51 @@ def test_the_largest_of_the_pair_bias_is_masked(value, implementation, dtype):
         assert_close(name, actual[name][:, ::2], expected[name][:, ::2])
     for name, tensor in actual.tensors.items():
         assert torch.isfinite(tensor).all(), name
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS_16_BIT)
+@pytest.mark.parametrize(
+    ("q_len", "k_len"), ((300, 200), (1100, 3000)), ids=("heads-before-rows", "rows-before-heads")
+)
+@pytest.mark.parametrize("head_dim", (16, 32, 64))
+def test_one_unlucky_query_anywhere(head_dim, q_len, k_len, implementation, dtype):
+    """Only its own work item is computed again, which the kernel that finds it counts by other numbers of rows. The
+    larger pair bias is beyond what work items go through with heads first."""
+    rows, heads, logit, scale = 7, 5, 300.0, head_dim**-0.5
+    shape = shapes.AttentionShape(
+        "unlucky", 1, rows, q_len, k_len, heads, head_dim, "more items than one of each axis"
+    )
+    plain = make_inputs(shape, dtype, "cuda", mask="minus_inf")
+    with torch.no_grad():
+        plain.mask_bias[..., 77] = 0.0
+    expected = op(plain, implementation)
+    for row in range(rows):
+        query, head = (row * 97 + 40) % q_len, row % heads
+        q = plain.q.detach().clone()
+        key = plain.k[0, row, 77, head].detach().float()
+        q[0, row, query, head] = (key * logit / (scale * key.square().sum())).to(dtype)
+        actual = op(plain, implementation, q)
+        logits = scale * (q[0, row, query, head].double() @ plain.k[0, row, :, head].double().T)
+        logits += plain.mask_bias[0, row, 0, 0].double() + plain.pair_bias[0, 0, head, query].double()
+        value = logits.softmax(-1) @ plain.v[0, row, :, head].double()
+        assert logits.max() > 0.8 * logit
+        eps = torch.finfo(dtype).eps
+        assert (actual[0, row, query, head].double() - value).abs().max() <= 2 * eps * value.abs().max()
+        # Others of its work item are computed by another softmax, too.
+        actual[0, row, query, head] = expected[0, row, query, head]
+        assert (actual.float() - expected.float()).abs().max() <= 4 * eps * plain.v.detach().abs().max()
+
+
+def op(inputs, implementation, q=None):
+    with torch.no_grad():
+        return evoformer_attention(
+            inputs.q if q is None else q,
+            inputs.k,
+            inputs.v,
+            mask_bias=inputs.mask_bias,
+            pair_bias=inputs.pair_bias,
+            implementation=implementation,
+        )
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)

@@ -81,12 +81,12 @@ struct SmemLayout {
     static DS4SCI_DEVICE uint32_t stage(int index) { return kSmemBase + index * kStageBytes; }
     static DS4SCI_DEVICE Ring<kRingStages> ring() { return {static_cast<uint32_t>(kBarrierOffset)}; }
     // By all threads, before anything else.
-    static DS4SCI_DEVICE void init(const void* smem, bool follows_prepare) {
+    static DS4SCI_DEVICE void init(const void* smem, bool follows_prepare, int own_releases = 128) {
         check_smem_base(smem);
         if (threadIdx.x == 0) {
             Ring<kRingStages>::init(ring().barriers, Shape::kConsumerWarps);
             // All threads signal that they have read what they need: the record, row vectors, K and V of dK and dV.
-            for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, 128);
+            for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, own_releases);
             mbarrier_init_fence();
         }
         start_block(follows_prepare);
@@ -126,6 +126,33 @@ struct Sm90FwdTile
         kRefsOffset + (kRefsApart ? Sm90FwdTile::kOwnBuffers * Sm90FwdTile::kWarpgroups * kRefsBytes : 0) - kSmemBase;
     static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
     static_assert(kSmemBase + kSmemBytes <= 1 << 18, "an operand holds 14 bits of 16-byte units of an address");
+};
+
+// Forward with a pair bias and without a running maximum up to head dim 32: a block owns 128 queries of four rows. Two
+// warpgroups share two of them, one has the first, one the second tile of queries of both rows, so that it makes the
+// bias ready once for two.
+template <int kHeadDim>
+using TwoRowBlock = QueryBlock<BlockShape<4>, kHeadDim, true, 4>;
+
+template <int kHeadDim>
+struct Sm90FwdTwoRowTile : TwoRowBlock<kHeadDim>,
+                           SmemLayout<BlockShape<4>, kHeadDim == 32 ? 3 : 4, TwoRowBlock<kHeadDim>::kStageBytes, 2,
+                                      2 * RowTile<kHeadDim>::kBytes> {
+    static_assert(kHeadDim <= 32, "registers");
+    static constexpr int kOwnRows = 2, kTeams = Sm90FwdTwoRowTile::kRows / kOwnRows;
+    static_assert(Sm90FwdTwoRowTile::kRows == BlockShape<4>::kWarpgroups, "the layout has a place for each warpgroup");
+    // Behind all tiles of V, whose columns they continue: ones, a product with which is a row's sum.
+    static constexpr int kOnesOffset = round_up(Sm90FwdTwoRowTile::kEnd, 128);
+    static constexpr int kRefsOffset = kOnesOffset + ValuesWithOnes<kHeadDim>::kOnesBytes;
+    static constexpr int kRefsBytes = 2 * kTileRows * 4;
+    static constexpr int kSmemBytes = kRefsOffset + Sm90FwdTwoRowTile::kOwnBuffers * kTeams * kRefsBytes - kSmemBase;
+    static_assert(kSmemBytes <= kSm90MaxSmemBytes, "too much shared memory");
+    static_assert(kSmemBase + kSmemBytes <= 1 << 18, "an operand holds 14 bits of 16-byte units of an address");
+
+    // pair_ref of the queries of a team, the two warpgroups with the same rows.
+    static DS4SCI_DEVICE uint32_t refs(int team, int buffer) {
+        return kRefsOffset + (buffer * kTeams + team) * kRefsBytes;
+    }
 };
 
 template <int kHeadDim, bool kPair>

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward with a pair bias on Hopper up to head dim 32, without a running maximum, as fwd_kernel.cuh, whose online
+// softmax computes marked work items again. Each warpgroup has 64 queries of two rows, which share the bias once it
+// is unpacked and its references are subtracted, a third of the work per logit. It takes 32 keys at a time: the logits
+// of the second row run beside the exponentials of the first, and what else has to be waited for is hidden by the
+// other warps.
+#pragma once
+#include "sm90/fwd_kernel.cuh"
+
+namespace ds4sci {
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
+    evoformer_sm90_fwd_two_row_kernel(const __grid_constant__ Sm90Params p) {
+    DS4SCI_DYNAMIC_SMEM(smem_base);
+    using Tile = Sm90FwdTwoRowTile<kHeadDim>;
+    using Online = Sm90FwdTile<kHeadDim, true>;
+    static_assert(Tile::kPositions == Online::kPositions, "work items differ in their rows alone");
+    using Rows = RowTile<kHeadDim>;
+    using Values = ValuesWithOnes<kHeadDim>;
+    constexpr int kOwnRows = Tile::kOwnRows, kKeys = kTileRows / 2;
+    const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
+    Values::template write_ones<T>(Tile::kOnesOffset, threadIdx.x, Tile::kThreads);
+    async_proxy_fence();
+    Tile::init(smem_base, true, 256);
+    auto ring = Tile::ring();
+
+    if (warp >= Tile::kConsumerWarps) {
+        release_registers<Tile::kProducerRegisters>();
+        if (warp != Tile::kConsumerWarps || lane != 0) return;
+        const int num_q_blocks = ceil_div(p.q_len, Tile::kPositions);
+        const int num_row_blocks = ceil_div(p.rows_per_group, Tile::kRows);
+        typename Tile::OwnRing queries = Tile::own_ring(0);  // those of both teams move together
+        for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
+            const WorkItem item = decode_work_item(index, num_q_blocks, num_row_blocks, p);
+            const int q0 = item.tile * Tile::kPositions;
+            RowLocation rows[Tile::kRows];
+#pragma unroll
+            for (int r = 0; r < Tile::kRows; ++r) {
+                const int row_in_group = item.row_block * Tile::kRows + r;
+                rows[r] = RowLocation::of(p, item.group, row_in_group);
+                const RowCoordinates at = RowCoordinates::of(p, rows[r]);
+                queries.barriers = Tile::own_ring(r / kOwnRows).barriers;
+                if (r % kOwnRows == 0) {
+                    queries.wait_empty();
+                    queries.announce(kOwnRows * 2 * Tile::kTileBytes + Tile::kRefsBytes);
+                    bulk_load(Tile::refs(r / kOwnRows, queries.stage), pair_row(p, p.pair_ref, item) + q0,
+                              Tile::kRefsBytes, queries.full());
+                }
+                ItemRecord record{};
+                record.source = p.gate == nullptr
+                                    ? nullptr
+                                    : rows[r].template in<T>(p.gate, p.gate_stride, item.head) + q0 * p.gate_stride.l;
+                record.vector_out = static_cast<float*>(p.lse) + rows[r].head_row(p, item.head) * p.q_len + q0;
+                record.valid = rows[r].valid ? p.q_len - q0 : 0;
+                record.index = encode_work_item({item.tile, row_in_group / Online::kRows, item.head, item.group},
+                                                num_q_blocks, ceil_div(p.rows_per_group, Online::kRows), p);
+                record.first = q0, record.head = item.head, record.n = at.n, record.b = at.b;
+                store_record(Tile::record(r, queries.stage), record);
+                const uint32_t tile = Tile::own_tiles(r, queries.stage);
+                tma_load(tile, &p.q_map, queries.full(), 0, q0, item.head, at.n, at.b);
+                tma_load(tile + Tile::kTileBytes, &p.q_map, queries.full(), 0, q0 + kTileRows, item.head, at.n, at.b);
+            }
+            queries.advance();
+            const int pair_head = p.pair_heads == 1 ? 0 : item.head, pair_group = p.pair_batch == 1 ? 0 : item.group;
+            for (int key = 0; key < p.k_len; key += kTileRows) {
+                ring.wait_empty();
+                ring.announce(Tile::kStageBytes);
+                load_key_stage<Tile>(p, Tile::stage(ring.stage), ring.full(), rows, key, q0, item.head, pair_head,
+                                     pair_group);
+                ring.advance();
+            }
+        }
+    } else {
+        take_registers<Tile::kConsumerRegisters>();
+        const int warpgroup = warp / 4, warp_row = warp % 4 * 16, num_k_tiles = ceil_div(p.k_len, kTileRows);
+        const int team = warpgroup / 2, half = warpgroup % 2, first_row = team * kOwnRows;
+        const int quad = lane >> 2, pair = lane & 3;
+        // The query side of the auxiliary product: three ones.
+        const uint32_t ones = pair == 0 ? 0x3f803f80u : pair == 1 ? 0x00003f80u : 0u;
+        const uint32_t query_aux[4] = {ones, ones, 0u, 0u};
+        const float scale = p.softmax_scale * kBiasLog2E<T>;
+        // Operands of the first row of the block in the first stage; one distance from there, worked out once for a
+        // stage, leads to all others.
+        const MatrixOperand key_tiles = Rows::over_dim(Tile::key_tile(kSmemBase, 0));
+        const MatrixOperand aux_tiles = aux_operand(Tile::aux_tile(kSmemBase, 0));
+        const MatrixOperand value_tiles = Values::of(Tile::value_tile(kSmemBase, 0), Tile::kOnesOffset).values;
+        const uint32_t bias_tile = kept(kSmemBase + half * kBiasTileBytes + bias_fragment(warp_row, lane));
+        typename Tile::OwnRing queries = Tile::own_ring(team);
+        uint32_t stored = 0;  // barrier of the queries in whose place the copy engine found the last output
+
+        for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
+            float o[kOwnRows][Values::kOutputTiles][4];
+            StaticSoftmax<T> softmax[kOwnRows];
+#pragma unroll
+            for (int r = 0; r < kOwnRows; ++r) {
+                softmax[r].reset();
+                zero_bias(o[r]);
+            }
+            queries.wait_full();
+            tma_store_wait_read();
+            mbarrier_arrive_if(stored, stored != 0);
+            const uint32_t staged = Tile::own_tiles(first_row, queries.stage) + half * Tile::kTileBytes;
+            const MatrixOperand query_tiles = Rows::over_dim(staged);
+            const uint32_t refs = Tile::refs(team, queries.stage) + (half * kTileRows + warp_row + quad) * 4;
+            const float ref[2] = {lds_f32(refs), lds_f32(refs + 32)};  // of queries quad, quad + 8
+            uint32_t finished_stage = 0;                               // its values are read until the next wait
+            for (int k_tile = 0; k_tile < num_k_tiles; ++k_tile) {
+                const uint32_t stage = ring.stage * Tile::kStageBytes, own = stage + first_row * Tile::kRowBytes;
+                ring.wait_full();
+#pragma unroll
+                for (int part = 0; part < 2; ++part) {
+                    float s[kOwnRows][4][4];
+                    auto start_logits = [&](int r) {
+                        const MatrixOperand keys =
+                            key_tiles.plus(own).plus(r * Tile::kRowBytes + part * Tile::kTileBytes / 2);
+                        wgmma_fence();
+                        Rows::template product_abt<T>(s[r], query_tiles.plus(r * 2 * Tile::kTileBytes), keys);
+                        wgmma_rs<bf16, false>(
+                            s[r], query_aux, aux_tiles.plus(own).plus(r * Tile::kRowBytes + part * kAuxTileBytes / 2));
+                        wgmma_commit();
+                    };
+                    start_logits(0);
+                    uint32_t words[2][4];
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) ldmatrix_x4(words[i], (bias_tile + stage) ^ (part * 64 + i * 32));
+                    float bias[4][4];
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const float2 low = unpack2<T>(words[j / 2][j % 2 * 2]),
+                                     high = unpack2<T>(words[j / 2][j % 2 * 2 + 1]);
+                        const float b[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) bias[j][e] = fmaf(b[e], kBiasLog2E<T>, -ref[e / 2]);
+                    }
+                    wgmma_wait<0>();
+                    wgmma_complete(s[0]);
+                    wgmma_complete(o[0]);
+                    wgmma_complete(o[1]);
+                    if (part == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && lane == 0);
+                    start_logits(1);
+#pragma unroll
+                    for (int r = 0; r < kOwnRows; ++r) {
+                        if (r == 1) {
+                            wgmma_wait<1>();  // the output of the first row may be on its way
+                            wgmma_complete(s[1]);
+                        }
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            float (&x)[4] = s[r][j];
+#pragma unroll
+                            for (int e = 0; e < 4; ++e) x[e] = exp2_approx(fmaf(x[e], scale, bias[j][e]));
+                            // One after the other: sums of two would need registers that are not there.
+                            softmax[r].sum[0] = (softmax[r].sum[0] + x[0]) + x[1];
+                            softmax[r].sum[1] = (softmax[r].sum[1] + x[2]) + x[3];
+                        }
+                        uint32_t packed[2][4];
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) pack_operand<T>(packed[i], s[r][2 * i], s[r][2 * i + 1]);
+                        wgmma_fence();
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            wgmma_rs<T, true>(
+                                o[r], packed[i],
+                                value_tiles.plus_before_fixed(own).plus_before_fixed(
+                                    r * Tile::kRowBytes + (part * kKeys / 16 + i) * Rows::kPositionStep));
+                        wgmma_commit();
+                    }
+                }
+                finished_stage = ring.empty();
+                ring.advance();
+            }
+            wgmma_wait<0>();
+            wgmma_complete(o[0]);
+            wgmma_complete(o[1]);
+            mbarrier_arrive_if(finished_stage, lane == 0);
+            // These queries are read by all warps of the warpgroup: their tiles take the output.
+            named_barrier_sync(1 + warpgroup, 128);
+            const uint32_t fragment = Rows::fragment(staged, warp_row, lane);
+            const int q = half * kTileRows + warp_row, query = q + quad + 8 * (pair & 1);
+#pragma unroll
+            for (int r = 0; r < kOwnRows; ++r) {
+                const ItemRecord record = load_record<ItemRecord>(Tile::record(first_row + r, queries.stage));
+                softmax[r].finish();
+                if (record.source != nullptr)
+                    apply_gate<T, kHeadDim>(o[r], static_cast<const T*>(record.source) + q * p.gate_stride.l,
+                                            p.gate_stride.l, record.valid - q, p.head_dim, lane);
+                float factor[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float sum = o[r][Values::kOutputTiles - 1][2 * i];
+                    factor[i] = sum == 0.f ? 0.f : reciprocal_approx(sum);
+                }
+                const uint32_t from = r * 2 * Tile::kTileBytes;
+                stage_rows<T, kHeadDim>(fragment + from, o[r], factor[0], factor[1]);
+                async_proxy_fence();
+                warp_sync();
+                if (lane == 0) {
+                    tma_store(&p.o_map, staged + from + warp_row * Rows::kRowBytes, 0, record.first + q, record.head,
+                              record.n, record.b);
+                    tma_store_commit();
+                }
+                if (pair < 2 && query < record.valid) {
+                    // Registers have no index.
+                    const bool high = pair == 1;
+                    record.vector_out[query] =
+                        high ? softmax[r].template lse<float>(1) : softmax[r].template lse<float>(0);
+                    const bool in_range = high ? softmax[r].in_range(1) : softmax[r].in_range(0);
+                    const float total = high ? softmax[r].sum[1] : softmax[r].sum[0];
+                    const bool key_past_end = p.k_len % kTileRows != 0 &&
+                                              lds_f32(Tile::refs(team, queries.stage) + query * 4) < kLowestStaticRef;
+                    // A sum of 0 is right where the mask keeps no key.
+                    if (key_past_end ||
+                        (!in_range && (total != 0.f || p.row_kept[p.key_row(record.b, record.n)] != 0)))
+                        p.redo[0] = p.redo[1 + record.index] = 1;
+                }
+            }
+            stored = queries.empty();
+            queries.advance();
+        }
+        tma_store_wait_read();
+    }
+}
+
+}  // namespace ds4sci
