@@ -210,6 +210,10 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                 const uint32_t aux = own + Tile::kOwnAuxOffset + (warp_row + quad) * 16 + pair * 4;
                 const AuxOperand key_aux = AuxOperand::of_s(lds_u32(aux), lds_u32(aux + 128), pair);
                 const int valid = static_cast<int>(lds_u32(Tile::record_valid(warpgroup, Tile::sequence(keys))));
+                // Keys past the end: their bias reads as zero, which may be 1e38 above the row's, so their P may be
+                // infinite. Only dQ sums over keys; what they give to dK, dV and d(mask_bias) is not stored.
+                const uint32_t kept_rows[2] = {warp_row + quad < valid ? ~0u : 0u,
+                                               warp_row + quad + 8 < valid ? ~0u : 0u};
                 uint32_t own_keys[Tile::kInRegisters ? kHeadDim / 16 : 1][4],
                     own_values[Tile::kInRegisters ? kHeadDim / 16 : 1][4];
                 if constexpr (Tile::kInRegisters) {
@@ -249,28 +253,36 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                         wgmma_complete(dk);
                         wgmma_complete(dv);
                         start_product(dp, own_values, key_tile.plus(Tile::kTileBytes), delta_aux, d_o_tiles, offset);
+                        // Transposed: the tile's rows are queries, the product's are keys.
+                        uint32_t bias[2][4] = {}, ref_words[2][4] = {};
+                        auto load_bias = [&] {
+#pragma unroll
+                            for (int i = 0; i < 2; ++i) {
+                                if constexpr (kPair) ldmatrix_x4_trans(bias[i], bias_tile + offset + i * 16 * 128);
+                                if constexpr (kPair && Tile::kRefsByMatrix)
+                                    ldmatrix_x4(ref_words[i], refs + offset + i * 64);
+                            }
+                        };
+                        if constexpr (Tile::kEarlyBias) load_bias();
                         wgmma_wait<1>();
                         wgmma_complete(s);
+                        if constexpr (!Tile::kEarlyBias) load_bias();
                         uint32_t packed[2][4], packed_ds[2][4];
 #pragma unroll
                         for (int i = 0; i < 2; ++i) {
-                            // Transposed: the tile's rows are queries, the product's are keys.
-                            uint32_t bias[4] = {0, 0, 0, 0};
                             float2 ref[2] = {};  // of every eight queries those of this lane's two
-                            if constexpr (kPair) ldmatrix_x4_trans(bias, bias_tile + offset + i * 16 * 128);
-                            if constexpr (kPair && Tile::kRefsByMatrix) {
-                                uint32_t words[4];
-                                ldmatrix_x4(words, refs + offset + i * 64);
 #pragma unroll
-                                for (int j = 0; j < 2; ++j)
-                                    ref[j] = make_float2(bits_to_float(words[2 * j]), bits_to_float(words[2 * j + 1]));
-                            } else if constexpr (kPair) {
-#pragma unroll
-                                for (int j = 0; j < 2; ++j) ref[j] = lds_f32x2(refs + offset + (i * 2 + j) * 32);
+                            for (int j = 0; j < 2; ++j) {
+                                if constexpr (kPair && Tile::kRefsByMatrix) {
+                                    ref[j] = make_float2(bits_to_float(ref_words[i][2 * j]),
+                                                         bits_to_float(ref_words[i][2 * j + 1]));
+                                } else if constexpr (kPair) {
+                                    ref[j] = lds_f32x2(refs + offset + (i * 2 + j) * 32);
+                                }
                             }
 #pragma unroll
                             for (int j = 0; j < 2; ++j) {
-                                const float2 low = unpack2<T>(bias[2 * j]), high = unpack2<T>(bias[2 * j + 1]);
+                                const float2 low = unpack2<T>(bias[i][2 * j]), high = unpack2<T>(bias[i][2 * j + 1]);
                                 const float b[4] = {low.x, low.y, high.x, high.y};
                                 float (&y)[4] = s[2 * i + j];
 #pragma unroll
@@ -279,15 +291,6 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                                         kPair ? fmaf(y[e], scale_log2,
                                                      fmaf(b[e], kBiasLog2E<T>, e % 2 ? -ref[j].y : -ref[j].x))
                                               : y[e] * scale_log2);
-                            }
-                        }
-                        // Keys past the end: their bias reads as zero, which may be 1e38 above the row's.
-                        if (valid < kTileRows) {
-#pragma unroll
-                            for (int j = 0; j < 4; ++j) {
-#pragma unroll
-                                for (int e = 0; e < 4; ++e)
-                                    if (warp_row + quad + e / 2 * 8 >= valid) s[j][e] = 0.f;
                             }
                         }
 #pragma unroll
@@ -302,6 +305,8 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                                 for (int e = 0; e < 4; ++e) s[2 * i + j][e] *= dp[2 * i + j][e];
                             }
                             pack_operand<T>(packed_ds[i], s[2 * i], s[2 * i + 1]);
+#pragma unroll
+                            for (int w = 0; w < 4; ++w) packed_ds[i][w] &= kept_rows[w % 2];
                         }
                         if (half == 0) mbarrier_wait(Tile::ds_empty(slot), slot_phase ^ 1);
                         const uint32_t ds = (ds_rows + slot * Tile::kSlotBytes) ^ (half * 64);
