@@ -105,7 +105,7 @@ def test_a_cuda_graph_replays_it(head_dim):
             assert torch.equal(captured[name], tensor), name
 
 
-@pytest.mark.parametrize("keys", (180, 250))
+@pytest.mark.parametrize("keys", (180, 250, 700))
 @pytest.mark.parametrize("value", (-1e4, -1e9, -1e38))
 def test_keys_past_the_end_stay_dropped_beside_large_negatives(value, keys):
     """Their bias reads as zero, which is far above that of a row whose every key has a large negative one."""

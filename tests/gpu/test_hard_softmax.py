@@ -88,28 +88,31 @@ def test_the_largest_of_the_pair_bias_is_masked(value, implementation, dtype):
 def test_one_unlucky_query_anywhere(head_dim, q_len, k_len, implementation, dtype):
     """Only its own work item is computed again, which the kernel that finds it counts by other numbers of rows. The
     larger pair bias is beyond what work items go through with heads first."""
-    rows, heads, logit, scale = 7, 5, 300.0, head_dim**-0.5
+    batch, rows, heads, logit, scale = 2, 7, 5, 300.0, head_dim**-0.5
     shape = shapes.AttentionShape(
-        "unlucky", 1, rows, q_len, k_len, heads, head_dim, "more items than one of each axis"
+        "unlucky", batch, rows, q_len, k_len, heads, head_dim, "more items than one of each axis"
     )
     plain = make_inputs(shape, dtype, "cuda", mask="minus_inf")
     with torch.no_grad():
         plain.mask_bias[..., 77] = 0.0
     expected = op(plain, implementation)
     for row in range(rows):
-        query, head = (row * 97 + 40) % q_len, row % heads
+        sample, query, head = row % batch, (row * 97 + 40) % q_len, row % heads
         q = plain.q.detach().clone()
-        key = plain.k[0, row, 77, head].detach().float()
-        q[0, row, query, head] = (key * logit / (scale * key.square().sum())).to(dtype)
+        key = plain.k[sample, row, 77, head].detach().float()
+        q[sample, row, query, head] = (key * logit / (scale * key.square().sum())).to(dtype)
         actual = op(plain, implementation, q)
-        logits = scale * (q[0, row, query, head].double() @ plain.k[0, row, :, head].double().T)
-        logits += plain.mask_bias[0, row, 0, 0].double() + plain.pair_bias[0, 0, head, query].double()
-        value = logits.softmax(-1) @ plain.v[0, row, :, head].double()
+        logits = scale * (q[sample, row, query, head].double() @ plain.k[sample, row, :, head].double().T)
+        logits += plain.mask_bias[sample, row, 0, 0].double() + plain.pair_bias[sample, 0, head, query].double()
+        value = logits.softmax(-1) @ plain.v[sample, row, :, head].double()
         assert logits.max() > 0.8 * logit
         eps = torch.finfo(dtype).eps
-        assert (actual[0, row, query, head].double() - value).abs().max() <= 2 * eps * value.abs().max()
-        # Others of its work item are computed by another softmax, too.
-        actual[0, row, query, head] = expected[0, row, query, head]
+        assert (actual[sample, row, query, head].double() - value).abs().max() <= 2 * eps * value.abs().max()
+        # Others of its work item, of up to 3 rows and 128 queries, are computed by another softmax, too.
+        may_differ = torch.zeros(actual.shape[:-1], dtype=torch.bool, device="cuda")
+        may_differ[sample, max(row - 2, 0) : row + 3, query // 128 * 128 : query // 128 * 128 + 128, head] = True
+        assert torch.equal(actual[~may_differ], expected[~may_differ])
+        actual[sample, row, query, head] = expected[sample, row, query, head]
         assert (actual.float() - expected.float()).abs().max() <= 4 * eps * plain.v.detach().abs().max()
 
 
