@@ -119,8 +119,8 @@ def implementations() -> tuple[Implementation, ...]:
     return (_of_module("sm90"), _of_module("sm80"), TILED, REFERENCE)
 
 
-# Where the portable kernels are faster than the Hopper ones, whose blocks are made for two or three rows with the same
-# pair bias and 128 queries: missing rows and queries cost as much as present ones.
+# Where the portable kernels are faster than the Hopper ones, whose blocks are made for two to four rows with the same
+# pair bias and 128 queries: missing rows and queries cost as much as present ones. Measured when it was at most three.
 SM90_MIN_ROWS = 3
 SM90_MIN_QUERIES = 32
 

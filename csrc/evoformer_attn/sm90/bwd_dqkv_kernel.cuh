@@ -211,7 +211,8 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                 const AuxOperand key_aux = AuxOperand::of_s(lds_u32(aux), lds_u32(aux + 128), pair);
                 const int valid = static_cast<int>(lds_u32(Tile::record_valid(warpgroup, Tile::sequence(keys))));
                 // Keys past the end: their bias reads as zero, which may be 1e38 above the row's, so their P may be
-                // infinite. Only dQ sums over keys; what they give to dK, dV and d(mask_bias) is not stored.
+                // infinite, and anything in a tile of such keys alone, for which no key side of the auxiliary product
+                // arrives. Only dQ sums over keys; what they give to dV and d(mask_bias) is not stored.
                 const uint32_t kept_rows[2] = {warp_row + quad < valid ? ~0u : 0u,
                                                warp_row + quad + 8 < valid ? ~0u : 0u};
                 uint32_t own_keys[Tile::kInRegisters ? kHeadDim / 16 : 1][4],

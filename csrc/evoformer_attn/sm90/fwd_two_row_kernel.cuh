@@ -2,8 +2,8 @@
 // Forward with a pair bias on Hopper up to head dim 32, without a running maximum, as fwd_kernel.cuh, whose online
 // softmax computes marked work items again. Each warpgroup has 64 queries of two rows, which share the bias once it
 // is unpacked and its references are subtracted, a third of the work per logit. It takes 32 keys at a time: the logits
-// of the second row run beside the exponentials of the first, and what else has to be waited for is hidden by the
-// other warps.
+// of the second row run beside the exponentials of the first, the output of the first beside those of the second, and
+// what else has to be waited for is hidden by the other warps.
 #pragma once
 #include "sm90/fwd_kernel.cuh"
 
@@ -41,6 +41,8 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
                 rows[r] = RowLocation::of(p, item.group, row_in_group);
                 const RowCoordinates at = RowCoordinates::of(p, rows[r]);
                 queries.barriers = Tile::own_ring(r / kOwnRows).barriers;
+                // Announced ahead of the records, which are read at the end of the item: it is the announcement of its
+                // stages of keys that makes them visible.
                 if (r % kOwnRows == 0) {
                     queries.wait_empty();
                     queries.announce(kOwnRows * 2 * Tile::kTileBytes + Tile::kRefsBytes);

@@ -11,7 +11,7 @@ inline cudaError_t count_multiprocessors(int32_t* num_sms) {
     return status == cudaSuccess ? cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device) : status;
 }
 
-// Rows that one block of the forward kernel handles at once.
+// Rows that one block of fwd_kernel.cuh handles at once, by whose work items marks are counted.
 constexpr int sm90_rows_per_block(int head_dim) { return head_dim <= 32 ? 3 : 2; }
 
 template <typename T>

@@ -46,7 +46,7 @@ struct Sm90Params : KernelParams {
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]
     float* dq_scratch;   // backward: [blocks, q_len_padded, padded head dim], a block's sums between two passes
     uint32_t* row_kept;  // forward: [mask_batch, mask_rows], whether the mask keeps any key
-    uint32_t* redo;      // forward: [1 + items]: how the static softmax tells the online one what it could not hold
+    uint32_t* redo;      // forward: [1 + items of fwd_kernel.cuh]: what the static softmax leaves to the online one
     // The kernel launched before is the one that prepares the operands. Else it is a sibling that has waited for that
     // one and whose results this kernel does not read, so it may start beside it.
     bool follows_prepare;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shapes of the Hopper kernels. A block is a few warpgroups that compute, each on its own row n, and one that feeds
-// them.
+// Shapes of the Hopper kernels. A block is a few warpgroups that compute, each on its own row n unless said, and one
+// that feeds them.
 //
 // At head dims up to 32 accumulators are small, so latency is hidden by three or four warpgroups: while one waits for
 // its products, the exponentials of the others keep the special function unit busy. Blocks of 128 positions halve what
@@ -85,7 +85,8 @@ struct SmemLayout {
         check_smem_base(smem);
         if (threadIdx.x == 0) {
             Ring<kRingStages>::init(ring().barriers, Shape::kConsumerWarps);
-            // All threads signal that they have read what they need: the record, row vectors, K and V of dK and dV.
+            // All threads signal that they have read what they need: the record, row vectors, K and V of dK and dV;
+            // own_releases of them share what is handed back.
             for (int w = 0; w < Shape::kWarpgroups; ++w) OwnRing::init(own_ring(w).barriers, own_releases);
             mbarrier_init_fence();
         }
