@@ -76,8 +76,8 @@ class SequenceParallelAttention:
 
     @property
     def skips_tiles(self) -> bool:
-        """Whether attention under a mask leaves out what causality or a window empties; others form all scores."""
-        return self._ring_group is not None or self.implementation in ("auto", "tiled")
+        """Whether attention under a mask is by tiles: those that causality or a window empties are left out."""
+        return self.implementation in ("auto", "tiled")
 
     def layout(self, local_len: int) -> Layout:
         """Who holds what when each rank holds `local_len` tokens."""

@@ -97,27 +97,40 @@ def test_a_window_is_part_of_the_mask():
     assert_trains_like(ours, batch, plain, batch)
 
 
+DIAGONAL, BESIDE, BELOW = 4, 3, 3  # of four by four tiles, the others of which are above the diagonal
+
+
 @pytest.mark.parametrize(
-    "block, implementation, tiles",
+    "name, block, attention, tiles",
     [
-        ({"kind": "causal"}, "fastest", 10),
-        ({"kind": "document"}, "tiled", 10),
-        ({"kind": "custom", "rule": "tests.helpers.mask_rules:near_or_global"}, "fastest", 10),
-        ({"kind": "causal"}, "math", 0),
+        ("genslm-rotary", {"kind": "causal"}, {}, DIAGONAL + BESIDE + BELOW),
+        ("genslm-rotary", {"kind": "document"}, {"implementation": "tiled"}, DIAGONAL + BESIDE + BELOW),
+        ("genslm-rotary", {"kind": "custom", "rule": "tests.helpers.mask_rules:near_or_global"}, {}, 10),
+        ("genslm-rotary", {"kind": "causal"}, {"sliding_window": 5}, DIAGONAL + BESIDE),
+        ("genslm-rotary", {"kind": "causal"}, {"sliding_window": 6}, DIAGONAL + BESIDE + 2),
+        ("llama", {"kind": "causal"}, {"sliding_window": 1}, DIAGONAL),
+        ("genslm-encoder", {"kind": "document"}, {"sliding_window": 5}, DIAGONAL + 2 * BESIDE),
+        ("genslm-encoder", {"kind": "document"}, {}, 16),
+        ("genslm-rotary", {"kind": "causal"}, {"implementation": "math"}, 0),
     ],
-    ids=lambda value: value["kind"] if isinstance(value, dict) else None,
+    ids=lambda value: value["kind"] if isinstance(value, dict) and "kind" in value else None,
 )
-def test_tiles_above_the_diagonal_are_left_out(monkeypatch, block, implementation, tiles):
-    """As without a mask: four by four tiles, half of them empty."""
+def test_tiles_that_causality_or_a_window_empties_are_left_out(monkeypatch, name, block, attention, tiles):
+    """Forward and backward; "math", which is told the mask alone, gives the same."""
+    model, batch = tiny_models.build(name), batch_of(name, documents=block["kind"] == "document")
+    ours, *_ = with_hooks(model, attention_mask=block, attention=attention)
+    plain, *_ = with_hooks(model, attention_mask=block, attention={**attention, "implementation": "math"})
     computed = []
-    tile_forward = blocks._tile_forward
+
+    def counted(function):
+        tile = getattr(blocks, function)
+        monkeypatch.setattr(blocks, function, lambda *arguments: computed.append(function) or tile(*arguments))
+
+    counted("_tile_forward"), counted("_tile_backward")
     monkeypatch.setattr(blocks, "TILE", 4)
-    monkeypatch.setattr(blocks, "_tile_forward", lambda *a: computed.append(a[4:6]) or tile_forward(*a))
-    model, batch = tiny_models.build("genslm-rotary"), batch_of("genslm-rotary", documents=block["kind"] == "document")
-    ours, *_ = with_hooks(model, attention_mask=block, attention={"implementation": implementation})
-    ours(**batch)
-    assert len(computed) == tiles * len(model.layers)
-    assert all(keys[0] <= queries[1] - 1 for queries, keys in computed)
+    assert_trains_like(ours, batch, plain, batch)
+    for function in ("_tile_forward", "_tile_backward"):
+        assert computed.count(function) == tiles * tiny_models.LAYERS
 
 
 def test_a_mask_that_says_all_may_look_ahead():
