@@ -13,8 +13,8 @@ from deepspeed_ds4sci.hooks.family import bound_arguments, trains
 from deepspeed_ds4sci.hooks.sequence_state import SequenceState, new_state, refuse_other_recomputation
 from deepspeed_ds4sci.sequence.local_attention import unavailable_reason
 
-# What attention of ours has no answer to.
-_REFUSED = ("past_key_values", "output_attentions", "encoder_hidden_states", "encoder_attention_mask")
+# What attention of ours has no answer to. The cache has two names: transformers changed it.
+_REFUSED = ("past_key_values", "cache", "output_attentions", "encoder_hidden_states", "encoder_attention_mask")
 
 
 class AttentionHook:

@@ -103,6 +103,17 @@ def test_refuses_arguments_that_it_has_no_answer_to(argument, value):
         ours(**tiny_models.batch("gpt2", 1, 8, 0), **{argument: value})
 
 
+def test_refuses_to_generate_with_a_cache():
+    """At the first token, by the name that the cache has in the installed version, not at the second by its shape."""
+    ours, *_ = with_hooks(tiny_models.build("llama"), attention_mask={"kind": "causal"})
+    tokens = tiny_models.batch("llama", 1, 8, 0)["input_ids"]
+    with pytest.raises(NotImplementedError, match="'(past_key_values|cache)' of LlamaForCausalLM does not go with"):
+        ours.eval().generate(tokens, max_new_tokens=2)
+    one_by_one = ours.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False)
+    expected = tiny_models.build("llama").eval().generate(tokens, max_new_tokens=3, do_sample=False)
+    assert torch.equal(one_by_one, expected)
+
+
 def test_refuses_document_ids_where_the_model_would_ignore_them():
     ours, *_ = with_hooks(tiny_models.build("llama"), attention={"implementation": "math"})
     with pytest.raises(NotImplementedError, match="LlamaForCausalLM takes no document_ids; .* by position_ids"):
