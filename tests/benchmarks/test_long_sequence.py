@@ -196,11 +196,12 @@ def test_the_ladder_says_which_rungs_ran_on_another_card_and_takes_the_last_reco
     again = dict(record["rungs"][0], longest=64, failed=96)
     other = {"machine": ABOUT | {"device": "NVIDIA H200 NVL"}, "rungs": [dict(again, name="tiling"), again]}
     lines = report.markdown_ladder([record, other]).splitlines()[2:]
-    assert lines[0].startswith("| `flash`: + flash, on H200 | 1 | 64 | 96, ") and lines[2] == ""
-    assert lines[1].startswith("| `tiling`: + flash, on H200 | 1 | 64 | 96, ")
-    assert "| `tiling`: + flash, 8 layers computed, on H200 | 64 |" in report.markdown_lengths([record, other])
+    assert lines[0].startswith("| `flash`: + flash, on H200 NVL | 1 | 64 | 96, ") and lines[2] == ""
+    assert lines[1].startswith("| `tiling`: + flash, on H200 NVL | 1 | 64 | 96, ")
+    assert "| `tiling`: + flash, 8 layers computed, on H200 NVL | 64 |" in report.markdown_lengths([record, other])
     assert " on " not in report.markdown_ladder([other, other]).split("\n\n")[0]
-    assert report._bar_name(report.together([record, other])["rungs"][0]) == "flash [8 layers, H200]"
+    both = report.together([record, other])
+    assert report._drawn_name(both["rungs"][0]) == "flash [8 layers, H200 NVL]"
 
 
 def test_the_end_of_a_budget_says_nothing_about_a_length(monkeypatch):

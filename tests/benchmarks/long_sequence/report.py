@@ -158,7 +158,7 @@ def _lines(records):
     lines = []
     for record in records:
         device, usual = record["machine"]["device"], records[0]["machine"]["device"]
-        card = {} if device == usual else {"card": device.removeprefix("NVIDIA ").split()[0]}
+        card = {} if device == usual else {"card": device.removeprefix("NVIDIA ")}
         lines += [line | card for line in (record["rungs"] if "rungs" in record else record["variants"])]
     return lines
 
@@ -187,13 +187,13 @@ def draw_ladder(record: dict, path: Path) -> None:
         line = sorted((c["length"] / 1024, c["tflops"]) for c in rung["cases"] if c["status"] == "ok")
         if line and not rung["computed_layers"]:
             right.plot(*zip(*line, strict=True), "o-", color=colour, alpha=0.7)
-            right.annotate(rung["name"], line[-1], fontsize="x-small")
+            right.annotate(_drawn_name(rung), line[-1], fontsize="x-small")
     shown = [ladder for ladder in LADDERS if any(rung["ladder"] == ladder for rung in rungs)]
     legend = [pyplot.Rectangle((0, 0), 1, 1, color=colours[ladder], label=LADDERS[ladder]) for ladder in shown]
     if any(rung["failed"] is None for rung in rungs):
         says = "trains; longer ones were not tried"
         legend.append(pyplot.Rectangle((0, 0), 1, 1, facecolor="grey", label=says, **hatch))
-    left.set_yticks(range(len(rungs)), [_bar_name(rung) for rung in rungs], fontsize="small")
+    left.set_yticks(range(len(rungs)), [_drawn_name(rung) for rung in rungs], fontsize="small")
     left.invert_yaxis()
     left.set(xscale="log", xlabel="longest sequence, 1024 tokens", title="How long a sequence trains")
     left.margins(x=0.15)
@@ -205,7 +205,7 @@ def draw_ladder(record: dict, path: Path) -> None:
     _save(figure, record, path)
 
 
-def _bar_name(rung):
+def _drawn_name(rung):
     layers = [f"{rung['computed_layers']} layers"] if rung["computed_layers"] else []
     words = ", ".join([*layers, *([rung["card"]] if "card" in rung else [])])
     return rung["name"] + (f" [{words}]" if words else "")
