@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.benchmarks import longest_sequence
+from tests.benchmarks import longest_sequence, throughput_by_length
 from tests.benchmarks.long_sequence import launch, models, report, worker
 from tests.benchmarks.long_sequence.rungs import RUNGS
 
@@ -178,18 +178,66 @@ def test_threads_are_those_of_the_cpus_that_a_container_gives(monkeypatch, tmp_p
     assert launch.usable_cpus(tmp_path / "cpu.max") == cpus and launch.usable_cpus(tmp_path / "none") == 8
 
 
-def test_a_larger_gpu_can_be_used_like_a_smaller_one(monkeypatch):
-    """What CUDA and NCCL hold beside torch's allocator is taken from the smaller one too."""
+@pytest.fixture
+def larger_gpu(monkeypatch):
+    """A GPU of 140 GiB, of which torch holds 38, CUDA and NCCL 2. Returns the fractions that torch is limited to."""
     fractions, gib = [], 2**30
     monkeypatch.setattr(worker.torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(worker.torch.cuda, "mem_get_info", lambda *_: (100 * gib, 140 * gib))
     monkeypatch.setattr(worker.torch.cuda, "memory_reserved", lambda *_: 38 * gib)
+    monkeypatch.setattr(worker.torch.cuda, "memory_allocated", lambda *_: 36 * gib)
+    monkeypatch.setattr(worker.torch.cuda, "max_memory_allocated", lambda *_: 37 * gib)
     monkeypatch.setattr(
         worker.torch.cuda, "set_per_process_memory_fraction", lambda fraction, _: fractions.append(fraction)
     )
+    return fractions
+
+
+def test_a_larger_gpu_can_be_used_like_a_smaller_one(larger_gpu):
+    """What CUDA and NCCL hold beside torch's allocator is taken from the smaller one too."""
     worker.limit_device(79, torch.device("cuda"))
-    assert fractions == [pytest.approx((79 - 2) / 140)]
-    options = longest_sequence.parse_arguments(["--tiny", "--rungs", "recompute", "--device-gib", "79"])
-    assert (
-        models.job_of(options.rungs[0], [(1, 64)], tiny=True, compute_layers=None, device_gib=79)["device_gib"] == 79
-    )
+    assert larger_gpu == [pytest.approx((79 - 2) / 140)]
+    with pytest.raises(ValueError, match="--device-gib must be at most 140.00, what the GPU has, got 141"):
+        worker.limit_device(141, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("gib", [38.9, 0])
+def test_states_that_a_smaller_gpu_could_not_hold_are_out_of_memory(monkeypatch, larger_gpu, gib):
+    """They are there before the limit, and torch would go on with what it has."""
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    with pytest.raises(SystemExit, match=str(worker.OUT_OF_MEMORY)):
+        worker.limit_device(gib, torch.device("cuda"))
+    assert not larger_gpu
+
+
+@pytest.mark.parametrize("module", [longest_sequence, throughput_by_length])
+def test_the_size_of_the_gpu_reaches_the_processes_and_their_search(monkeypatch, larger_gpu, module):
+    jobs, capacities = [], []
+    monkeypatch.setattr(module, "run_cases", lambda job, **_: jobs.append(job) or [])
+    options = module.parse_arguments(["--tiny", "--device-gib", "79"])
+    if module is throughput_by_length:
+        module.measure(options.variants[0], [(1, 64)], options, time.monotonic() + 100, 1e12)
+        assert [job["device_gib"] for job in jobs] == [79]
+        return
+    module.measure_rung(options.rungs[0], options, time.monotonic() + 100, 1e12)
+    assert [job["device_gib"] for job in jobs] == [79]
+    ended = SimpleNamespace(next_length=lambda: None)
+    monkeypatch.setattr(worker, "Climb", lambda **fields: capacities.append(fields["capacity"]) or ended)
+    monkeypatch.setattr(worker.dist, "all_reduce", lambda *_: None)
+    monkeypatch.setattr(worker.torch, "tensor", lambda value, **_: value)
+    assert not list(worker.cases(jobs[0], torch.device("cuda")))
+    assert capacities == [int(0.975 * 79 * 2**30)]
+
+
+@pytest.mark.parametrize(("named", "threads"), [(None, "3"), ("5", "5")])
+def test_ranks_share_the_cpus_unless_their_number_of_threads_is_given(monkeypatch, tmp_path, named, threads):
+    monkeypatch.setattr(launch, "usable_cpus", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if named:
+        monkeypatch.setenv("OMP_NUM_THREADS", named)
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, env, **__: env["OMP_NUM_THREADS"])
+    assert launch._start(tmp_path, 2, tiny=False) == [threads] * 2

@@ -43,7 +43,7 @@ def main(path: str) -> int:
     model, mpu = llama(job, device) if job["kind"] == "alst" else decoder(job, device)
     engine, *_ = deepspeed.initialize(model=model, config=job["ds_config"], mpu=mpu)
     make_states(engine, job, device)
-    if job["device_gib"] and device.type == "cuda":
+    if job["device_gib"] is not None and device.type == "cuda":
         limit_device(job["device_gib"], device)
     say(job, {"event": "ready", "seconds": time.perf_counter() - began})
     for batch_size, length in cases(job, device):
@@ -71,7 +71,9 @@ def cases(job, device):
         return int(most)
 
     # The rest is CUDA's and lost between blocks.
-    whole = (job["device_gib"] or 0) * 2**30 or torch.cuda.mem_get_info()[1] if cuda else 0
+    whole = torch.cuda.mem_get_info()[1] if cuda else 0
+    if job["device_gib"] is not None:
+        whole = min(whole, job["device_gib"] * 2**30)
     capacity = int(0.975 * whole)
     peaks = {0: agreed(torch.cuda.memory_allocated() if cuda else 0)} | dict(job["climb"]["peaks"])
     climb = Climb(**job["climb"] | {"capacity": capacity, "peaks": peaks})
@@ -90,12 +92,22 @@ def make_states(engine, job, device):
 
 
 def limit_device(gib: float, device) -> None:
-    """From now on this process gets no more of the GPU than a card of `gib` would have left for it: what CUDA and the
-    collectives hold beside torch's allocator counts."""
+    """From now on this process gets no more of the GPU than a card of `gib` would have left for it: what CUDA, the
+    collectives and other processes hold beside torch's allocator counts, as it is now. One that has had more by then
+    is out of memory.
+
+    Raises:
+        ValueError: a GPU that has less.
+    """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
+    if gib * 2**30 > total:
+        raise ValueError(f"--device-gib must be at most {total / 2**30:.2f}, what the GPU has, got {gib}")
     beside = total - free - torch.cuda.memory_reserved(device)
-    torch.cuda.set_per_process_memory_fraction((gib * 2**30 - beside) / total, device)
+    left = gib * 2**30 - beside
+    if torch.cuda.max_memory_allocated(device) > left:
+        os._exit(OUT_OF_MEMORY)
+    torch.cuda.set_per_process_memory_fraction(left / total, device)
 
 
 def say(job, record):
