@@ -4,12 +4,13 @@
     python -m tests.benchmarks.causal_accuracy --lengths 65536,131072 --json out.json
 
 Every implementation computes all heads, of queries, keys and values that are views of one packed projection. Of some
-heads the definition is computed too, a block of rows at a time: in fp64, and in the dtype of the inputs with every
-step rounded, which is eager PyTorch. The errors of both to fp64 are compared, and whole results with those of the
-first implementation.
+heads the definition is computed too, a block of rows at a time: in fp64, and rounded to the dtype of the inputs where
+eager PyTorch rounds. The errors of both to fp64 are compared, and whole results with those of the first
+implementation.
 """
 
 import argparse
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -23,15 +24,18 @@ from tests.benchmarks.record import machine, machine_line
 MODULE = "tests.benchmarks.causal_accuracy"
 TENSORS = ("o", "dq", "dk", "dv")
 BLOCK_ROWS = 512
+PACKAGES = {"flash_attn": "flash-attn", "flash_attn_4": "flash-attn-4"}
+"""Of implementations that are not torch's or ours; the record has their versions."""
 
 
 @torch.no_grad()
 def definition(q, k, v, do, dtype: torch.dtype, block_rows: int = BLOCK_ROWS) -> list[torch.Tensor]:
-    """o, dq, dk, dv of one head, [S, D] each, every step in `dtype`; sums over blocks of rows in fp32 or more."""
+    """o, dq, dk, dv of one head, [S, D] each, every step in `dtype`; sums over rows (dk, dv) are rounded once."""
     q, k, v, do = (x.to(dtype) for x in (q, k, v, do))
+    wide = torch.promote_types(dtype, torch.float32)
     scaled = q * q.shape[1] ** -0.5
     o, dq = torch.empty_like(q), torch.empty_like(q)
-    dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(dtype, torch.float32)) for x in (k, v))
+    dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))
     for first in range(0, len(q), block_rows):
         last = min(first + block_rows, len(q))
         rows = slice(first, last)
@@ -41,10 +45,10 @@ def definition(q, k, v, do, dtype: torch.dtype, block_rows: int = BLOCK_ROWS) ->
         scores[:, first:].masked_fill_(above, float("-inf"))
         p = scores.softmax(-1)
         o[rows] = p @ values
-        dv[:last] += p.T @ do[rows]
+        dv[:last] += p.T.to(wide) @ do[rows].to(wide)
         ds = torch.ops.aten._softmax_backward_data(do[rows] @ values.T, p, -1, dtype)
         dq[rows] = (ds @ keys) * q.shape[1] ** -0.5
-        dk[:last] += ds.T @ scaled[rows]
+        dk[:last] += ds.T.to(wide) @ scaled[rows].to(wide)
     return [o, dq, dk.to(dtype), dv.to(dtype)]
 
 
@@ -91,6 +95,8 @@ def measure(seq_len, heads, head_dim, implementations, device, dtype, checked_he
             "eager": of_eager,
             "finite": all(bool(x.isfinite().all()) for x in results),
         }
+        if implementation in PACKAGES:
+            row["version"] = importlib.metadata.version(PACKAGES[implementation])
         if first is None:
             first = implementation, results
         else:
@@ -122,7 +128,8 @@ def markdown_accuracy(record: dict) -> str:
         to = row.get("difference")
         compared = "-" if to is None else " / ".join(f"{to[name]:.4f}" for name in TENSORS) + f" to `{to['to']}`"
         shape = f"{row['seq_len']:,}, {row['heads']} x {row['head_dim']}"
-        rows.append(f"| {shape} | `{row['implementation']}` | {ratios[0]} | {ratios[1]} | {compared} |")
+        name = f"`{row['implementation']}`" + (f" {row['version']}" if "version" in row else "")
+        rows.append(f"| {shape} | {name} | {ratios[0]} | {ratios[1]} | {compared} |")
     return "\n".join([*rows, "", f"{machine_line(record['machine'])} | `{record['machine']['command']}`", ""])
 
 

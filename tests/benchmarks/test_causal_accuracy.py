@@ -8,6 +8,7 @@ import torch
 
 from tests.benchmarks import causal_accuracy, tables
 from tests.benchmarks.causal_accuracy import TENSORS, computed, definition, difference, errors, main
+from tests.benchmarks.record import machine
 
 
 def test_the_definition_in_blocks_is_that_of_autograd():
@@ -20,6 +21,16 @@ def test_the_definition_in_blocks_is_that_of_autograd():
     rounded = definition(*packed[0].unbind(1), do[0, :, 0], torch.bfloat16, block_rows=16)
     assert all(x.dtype == torch.bfloat16 for x in rounded)
     assert all(0 < errors(x, y)["rms"] < 0.03 for x, y in zip(rounded, actual, strict=True))
+
+
+def test_eager_errs_as_much_in_any_blocks():
+    """Else the bar would be the lower, the longer the sequence: 512 rows of 65,536 are one of 128 blocks."""
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 1024, 16, dtype=torch.bfloat16).unbind()
+    exact = definition(*inputs, torch.float64)
+    whole, blocks = (definition(*inputs, torch.bfloat16, block_rows=rows) for rows in (1024, 8))
+    for a, b, reference in zip(whole, blocks, exact, strict=True):
+        assert errors(b, reference)["rms"] == pytest.approx(errors(a, reference)["rms"], rel=0.01)
 
 
 def test_errors_and_differences_are_relative():
@@ -47,6 +58,17 @@ def test_the_record_and_its_table(tmp_path, capsys):
     record.rename(tmp_path / "long_sequence" / "here.json")
     text = tables.updated("<!-- accuracy:here -->\nold\n<!-- /accuracy -->\n", tmp_path)
     assert "| 70, 3 x 8 | `math` |" in text and "old" not in text and text.endswith("<!-- /accuracy -->\n")
+
+
+def test_the_version_of_a_package_is_recorded(monkeypatch):
+    original = causal_accuracy.computed
+    monkeypatch.setattr(causal_accuracy, "unavailable_reason", lambda *_: None)
+    monkeypatch.setattr(causal_accuracy, "computed", lambda _, *inputs: original("math", *inputs))
+    monkeypatch.setattr(causal_accuracy.importlib.metadata, "version", {"flash-attn-4": "4.1"}.get)
+    rows = causal_accuracy.measure(40, 2, 8, ["math", "flash_attn_4"], torch.device("cpu"), torch.float32)
+    assert [row.get("version") for row in rows] == [None, "4.1"]
+    table = causal_accuracy.markdown_accuracy({"machine": machine(torch.device("cpu"), []), "rows": rows})
+    assert "| `math` |" in table and "| `flash_attn_4` 4.1 |" in table
 
 
 def test_a_name_that_does_not_exist(capsys):
