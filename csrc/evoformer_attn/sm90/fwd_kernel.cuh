@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward on Hopper: o = softmax(scale q k^T + mask_bias + pair_bias) v for 128 queries of a few rows; with a gate
-// times its sigmoid. With a pair bias up to head dim 32 it is fwd_two_row_kernel.cuh that has no running maximum.
+// times its sigmoid. With a pair bias up to head dim 32 fwd_two_row_kernel.cuh mostly takes its place (plan.h).
 //
 // No running maximum: P = exp2(s - c) with c the row maximum of the pair bias is exact softmax as long as P and its
 // row sums stay in range. bf16 has fp32's range of exponents; fp16 has room for most rows. A row out of range marks

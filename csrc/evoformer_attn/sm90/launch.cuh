@@ -5,10 +5,10 @@
 #include "sm90/bwd_dpair_kernel.cuh"
 #include "sm90/bwd_dq_kernel.cuh"
 #include "sm90/bwd_dqkv_kernel.cuh"
-#include "sm90/bwd_plan.h"
 #include "sm90/fwd_kernel.cuh"
 #include "sm90/fwd_two_row_kernel.cuh"
 #include "sm90/launch.h"
+#include "sm90/plan.h"
 #include "sm90/prepare_kernel.cuh"
 
 namespace ds4sci {
@@ -46,14 +46,16 @@ template <typename T, int kHeadDim, bool kPair>
 cudaError_t launch_sm90_fwd(const Sm90Params& p) {
     using Tile = Sm90FwdTile<kHeadDim, kPair>;
     static_assert(Tile::kRows == sm90_rows_per_block(kHeadDim), "work items are counted before they are run");
-    cudaError_t status;
-    if constexpr (kPair && kHeadDim <= 32) {
-        using TwoRows = Sm90FwdTwoRowTile<kHeadDim>;
-        status = launch_persistent<TwoRows>(&evoformer_sm90_fwd_two_row_kernel<T, kHeadDim>,
-                                            num_position_items<TwoRows>(p, p.q_len), p);
-    } else {
-        status = launch_persistent<Tile>(&evoformer_sm90_fwd_kernel<T, kHeadDim, kPair, false>, p.num_items, p, false);
-    }
+    const auto launch_static = [&] {
+        if constexpr (kPair && kHeadDim <= 32) {
+            using TwoRows = Sm90FwdTwoRowTile<kHeadDim>;
+            if (takes_two_rows(kHeadDim, p.rows_per_group))
+                return launch_persistent<TwoRows>(&evoformer_sm90_fwd_two_row_kernel<T, kHeadDim>,
+                                                  num_position_items<TwoRows>(p, p.q_len), p);
+        }
+        return launch_persistent<Tile>(&evoformer_sm90_fwd_kernel<T, kHeadDim, kPair, false>, p.num_items, p, false);
+    };
+    const cudaError_t status = launch_static();
     if (status != cudaSuccess) return status;
     return launch_persistent<Tile>(&evoformer_sm90_fwd_kernel<T, kHeadDim, kPair, true>, p.num_items, p, true);
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels the backward pass takes on Hopper and how they share the work: the host code itself, without CUDA."""
+"""Which kernels a call takes on Hopper and how they share the work: the host code itself, without CUDA."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ import pytest
 from .build import EMULATOR, FLAGS, SOURCES
 
 SHIM = """
-#include "sm90/bwd_plan.h"
+#include "sm90/plan.h"
 static ds4sci::KernelParams problem(int groups, int rows, int q_len, int k_len, int heads, int head_dim) {
     ds4sci::KernelParams p{};
     p.num_groups = groups;
@@ -21,6 +21,7 @@ static ds4sci::KernelParams problem(int groups, int rows, int q_len, int k_len, 
     p.head_dim = head_dim;
     return p;
 }
+extern "C" int two_rows(int head_dim, int rows) { return ds4sci::takes_two_rows(head_dim, rows); }
 extern "C" int shares(int groups, int rows, int q_len, int k_len, int heads, int head_dim, int num_sms) {
     return ds4sci::dpair_shares(problem(groups, rows, q_len, k_len, heads, head_dim), num_sms);
 }
@@ -42,6 +43,13 @@ def library(tmp_path_factory):
     command = [os.environ.get("CXX", "g++"), *FLAGS, f"-I{SOURCES}", f"-I{EMULATOR}", "-shared", source, "-o", library]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
+
+
+def test_blocks_of_four_rows_where_few_of_them_are_missing(library):
+    taken = [rows for rows in range(1, 41) if library.two_rows(32, rows)]
+    assert taken == [4, 7, 8, 10, 11, 12, 16, 19, 20, 22, 23, 24, 28, 31, 32, *range(34, 41)]
+    assert all(library.two_rows(8, rows) for rows in (*range(94, 5121), 2**31 - 1))
+    assert not library.two_rows(40, 512)  # registers
 
 
 @pytest.mark.parametrize(
