@@ -111,8 +111,8 @@ class MaskBuilder:
         """The batch with its mask: [B|1, H|1, rows that this rank attends for, S], on the device."""
         layout, is_tensor = batch.layout, isinstance(custom, torch.Tensor)
         alone = is_tensor and self.mask_says_all
-        limits = self.causal and not alone, self.window
         documents = None if alone else batch.document_ids
+        limits = dict(causal=self.causal and not alone, window=self.window, document_ids=documents)
         padding = None if alone or batch.key_mask is None else batch.key_mask[:, 0, 0]
         lengths_only = custom is None and documents is None and padding is None
         key = (layout, device)
@@ -134,9 +134,7 @@ class MaskBuilder:
         mask = factory(
             layout.seq_len,
             layout.attention_ranges(self.rank),
-            causal=limits[0],
-            window=limits[1],
-            document_ids=documents,
+            **limits,
             padding_mask=padding,
             custom=custom,
             heads=own if per_head else (0, 1),

@@ -143,9 +143,9 @@ class SequenceState:
         """The arguments of attention that a mask built for the batch replaces; none where there is no such mask."""
         if self.batch is None or not self.batch.built:
             return {}
-        # The mask says it all; tiles that causality or the window empties need not be computed to find that out.
-        causal, window = self.batch.limits if self.attention.skips_tiles else (False, None)
-        return dict(causal=causal, mask=self.batch.mask, document_ids=None, window=window)
+        # The mask says it all; tiles that these empty need not be computed to find that out.
+        limits = self.batch.limits if self.attention.skips_tiles else {}
+        return {**dict(causal=False, window=None, document_ids=None), **limits, "mask": self.batch.mask}
 
     def refuse_unsupported(self) -> None:
         """Raises NotImplementedError if the named implementation of attention lacks what the hooks ask of it."""

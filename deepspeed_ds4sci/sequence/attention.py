@@ -76,7 +76,7 @@ class SequenceParallelAttention:
 
     @property
     def skips_tiles(self) -> bool:
-        """Whether attention under a mask is by tiles: those that causality or a window empties are left out."""
+        """Whether attention under a mask is by tiles: those that causality, window or documents empty are left out."""
         return self.implementation in ("auto", "tiled")
 
     def layout(self, local_len: int) -> Layout:

@@ -2,7 +2,7 @@
 """From the whole batch that every rank of a sequence group has to the part that this rank works on."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,8 @@ class ShardedBatch:
     positions: [B|1, L] int64 or None: the position of each of this rank's tokens in its sequence.
     built: `mask` was built for this batch by the rows that attention works on, and says everything about who sees
         whom.
-    limits: (causal, window) of attention that a built mask contains.
+    limits: what attention that works by tiles needs to know of a built mask: its arguments causal, window and
+        document_ids, as far as the mask contains them.
     """
 
     layout: Layout
@@ -38,7 +39,7 @@ class ShardedBatch:
     document_ids: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     built: bool = False
-    limits: tuple[bool, int | None] = (False, None)
+    limits: dict = field(default_factory=dict)
 
     def attention_mask(self):
         """The two masks as one; None if there is none."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deepspeed_ds4sci.hooks import attention_mask
-from deepspeed_ds4sci.sequence import blocks
+from deepspeed_ds4sci.sequence import blocks, scores
 from deepspeed_ds4sci.sequence.inputs import ShardedBatch
 from deepspeed_ds4sci.sequence.layout import Layout
 from tests.distributed import tiny_models
@@ -117,7 +117,20 @@ DIAGONAL, BESIDE, BELOW = 4, 3, 3  # of four by four tiles, the others of which 
 )
 def test_tiles_that_causality_or_a_window_empties_are_left_out(monkeypatch, name, block, attention, tiles):
     """Forward and backward; "math", which is told the mask alone, gives the same."""
-    model, batch = tiny_models.build(name), batch_of(name, documents=block["kind"] == "document")
+    batch = batch_of(name, documents=block["kind"] == "document")
+    assert_tiles(monkeypatch, name, block, attention, batch, tiles)
+
+
+@pytest.mark.parametrize("name, tiles", [("genslm-rotary", DIAGONAL + 2), ("genslm-encoder", 8)])
+def test_tiles_between_documents_are_left_out(monkeypatch, name, tiles):
+    monkeypatch.setattr(scores, "DOCUMENT_BLOCK", 4)
+    batch = {**batch_of(name), "document_ids": torch.arange(16).ge(8).long().expand(2, -1)}
+    assert_tiles(monkeypatch, name, {"kind": "document"}, {}, batch, tiles)
+
+
+def assert_tiles(monkeypatch, name, block, attention, batch, tiles):
+    """Trains like "math", and computes so many tiles of four by four tokens of each layer, forward and backward."""
+    model = tiny_models.build(name)
     ours, *_ = with_hooks(model, attention_mask=block, attention=attention)
     plain, *_ = with_hooks(model, attention_mask=block, attention={**attention, "implementation": "math"})
     computed = []
