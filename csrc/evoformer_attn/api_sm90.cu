@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Hopper kernels' entry points; the same arguments and results as those of api.cu.
 #include "entry.h"
-#include "sm90/plan.h"
 #include "sm90/launch.h"
+#include "sm90/plan.h"
 #include "sm90/tensor_maps.h"
 
 namespace ds4sci {
