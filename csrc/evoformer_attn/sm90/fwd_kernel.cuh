@@ -52,6 +52,24 @@ DS4SCI_DEVICE bool keeps_a_key(const Sm90Params& p, int index, int warpgroup) {
     return p.row_kept[p.key_row(row.b, row.n)] != 0;
 }
 
+// What a warpgroup needs to know of its queries of one row.
+template <typename T>
+DS4SCI_DEVICE void describe_queries(ItemRecord& record, const Sm90Params& p, const RowLocation& row,
+                                    const RowCoordinates& at, int head, int q0) {
+    record.source =
+        p.gate == nullptr ? nullptr : row.template in<T>(p.gate, p.gate_stride, head) + q0 * p.gate_stride.l;
+    record.vector_out = static_cast<float*>(p.lse) + row.head_row(p, head) * p.q_len + q0;
+    record.valid = row.valid ? p.q_len - q0 : 0;
+    record.first = q0, record.head = head, record.n = at.n, record.b = at.b;
+}
+// Both tiles of queries of a row.
+template <typename Tile>
+DS4SCI_DEVICE void load_query_tiles(const Sm90Params& p, uint32_t tile, uint32_t barrier, int q0, int head,
+                                    const RowCoordinates& at) {
+    tma_load(tile, &p.q_map, barrier, 0, q0, head, at.n, at.b);
+    tma_load(tile + Tile::kTileBytes, &p.q_map, barrier, 0, q0 + kTileRows, head, at.n, at.b);
+}
+
 template <typename T, int kHeadDim, bool kPair, bool kOnline>
 __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
     evoformer_sm90_fwd_kernel(const __grid_constant__ Sm90Params p, bool marked_items_only) {
@@ -87,32 +105,19 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 queries.barriers = Tile::own_ring(r).barriers;
                 queries.wait_empty();
                 ItemRecord record{};
-                record.source = p.gate == nullptr
-                                    ? nullptr
-                                    : rows[r].template in<T>(p.gate, p.gate_stride, item.head) + q0 * p.gate_stride.l;
-                record.vector_out = static_cast<float*>(p.lse) + rows[r].head_row(p, item.head) * p.q_len + q0;
-                record.valid = rows[r].valid ? p.q_len - q0 : 0;
                 record.index = index;
-                record.first = q0, record.head = item.head, record.n = at.n, record.b = at.b;
+                describe_queries<T>(record, p, rows[r], at, item.head, q0);
                 store_record(Tile::record(r, queries.stage), record);
                 queries.announce(2 * Tile::kTileBytes + Tile::kRefsBytes);
                 const uint32_t tile = Tile::own_tiles(r, queries.stage);
-                tma_load(tile, &p.q_map, queries.full(), 0, q0, item.head, at.n, at.b);
-                tma_load(tile + Tile::kTileBytes, &p.q_map, queries.full(), 0, q0 + kTileRows, item.head, at.n, at.b);
+                load_query_tiles<Tile>(p, tile, queries.full(), q0, item.head, at);
                 if (kPair)
                     bulk_load(Tile::refs(tile, r, queries.stage),
                               pair_row(p, kOnline ? p.pair_max : p.pair_ref, item) + q0, Tile::kRefsBytes,
                               queries.full());
             }
             queries.advance();
-            const int pair_head = p.pair_heads == 1 ? 0 : item.head, pair_group = p.pair_batch == 1 ? 0 : item.group;
-            for (int key = 0; key < p.k_len; key += kTileRows) {
-                ring.wait_empty();
-                ring.announce(Tile::kStageBytes);
-                load_key_stage<Tile>(p, Tile::stage(ring.stage), ring.full(), rows, key, q0, item.head, pair_head,
-                                     pair_group);
-                ring.advance();
-            }
+            stream_keys<Tile>(p, ring, rows, q0, item);
         }
     } else {
         take_registers<Tile::kConsumerRegisters>();

@@ -50,28 +50,15 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
                               Tile::kRefsBytes, queries.full());
                 }
                 ItemRecord record{};
-                record.source = p.gate == nullptr
-                                    ? nullptr
-                                    : rows[r].template in<T>(p.gate, p.gate_stride, item.head) + q0 * p.gate_stride.l;
-                record.vector_out = static_cast<float*>(p.lse) + rows[r].head_row(p, item.head) * p.q_len + q0;
-                record.valid = rows[r].valid ? p.q_len - q0 : 0;
+                describe_queries<T>(record, p, rows[r], at, item.head, q0);
                 record.index = encode_work_item({item.tile, row_in_group / Online::kRows, item.head, item.group},
                                                 num_q_blocks, ceil_div(p.rows_per_group, Online::kRows), p);
-                record.first = q0, record.head = item.head, record.n = at.n, record.b = at.b;
                 store_record(Tile::record(r, queries.stage), record);
                 const uint32_t tile = Tile::own_tiles(r, queries.stage);
-                tma_load(tile, &p.q_map, queries.full(), 0, q0, item.head, at.n, at.b);
-                tma_load(tile + Tile::kTileBytes, &p.q_map, queries.full(), 0, q0 + kTileRows, item.head, at.n, at.b);
+                load_query_tiles<Tile>(p, tile, queries.full(), q0, item.head, at);
             }
             queries.advance();
-            const int pair_head = p.pair_heads == 1 ? 0 : item.head, pair_group = p.pair_batch == 1 ? 0 : item.group;
-            for (int key = 0; key < p.k_len; key += kTileRows) {
-                ring.wait_empty();
-                ring.announce(Tile::kStageBytes);
-                load_key_stage<Tile>(p, Tile::stage(ring.stage), ring.full(), rows, key, q0, item.head, pair_head,
-                                     pair_group);
-                ring.advance();
-            }
+            stream_keys<Tile>(p, ring, rows, q0, item);
         }
     } else {
         take_registers<Tile::kConsumerRegisters>();

@@ -25,6 +25,20 @@ DS4SCI_DEVICE void load_key_stage(const Sm90Params& p, uint32_t stage, uint32_t 
     }
 }
 
+// By one thread. Fills stages with all keys, one after the other. dQ, which counts tiles, has this loop for itself:
+// with this one its machine code is another, which was not timed.
+template <typename Tile, typename StageRing>
+DS4SCI_DEVICE void stream_keys(const Sm90Params& p, StageRing& ring, const RowLocation (&rows)[Tile::kRows], int q0,
+                               const WorkItem& item) {
+    const int pair_head = p.pair_heads == 1 ? 0 : item.head, pair_group = p.pair_batch == 1 ? 0 : item.group;
+    for (int key = 0; key < p.k_len; key += kTileRows) {
+        ring.wait_empty();
+        ring.announce(Tile::kStageBytes);
+        load_key_stage<Tile>(p, Tile::stage(ring.stage), ring.full(), rows, key, q0, item.head, pair_head, pair_group);
+        ring.advance();
+    }
+}
+
 // Hands a warp's part of two tiles of results, staged one behind the other, to the copy engine.
 template <typename Rows>
 DS4SCI_DEVICE void start_query_stores(const CUtensorMap& map, uint32_t staged, int warp_row, const ItemRecord& record,
