@@ -12,12 +12,12 @@ implementation.
 import argparse
 import importlib.metadata
 import sys
-from pathlib import Path
 
 import torch
 
-from deepspeed_ds4sci.sequence.local_attention import IMPLEMENTATIONS, local_attention, unavailable_reason
+from deepspeed_ds4sci.sequence.local_attention import local_attention, unavailable_reason
 from deepspeed_ds4sci.sequence.scores import ScoreRules
+from tests.benchmarks.causal_attention import add_case_arguments, parse_cases
 from tests.benchmarks.long_sequence.report import write
 from tests.benchmarks.record import machine, machine_line
 
@@ -136,16 +136,8 @@ def markdown_accuracy(record: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = dict(type=lambda text: [int(number) for number in text.split(",")])
-    parser.add_argument("--lengths", default=[65536], help="tokens, separated by commas", **numbers)
-    parser.add_argument("--head-dims", default=[120, 128], help="the width is cut into heads of these", **numbers)
-    parser.add_argument("--width", type=int, default=3840, help="channels; rounded down to whole heads")
-    parser.add_argument("--implementations", type=lambda text: text.split(","), default=["cudnn", "flash_attn_4"])
-    parser.add_argument("--json", type=Path, help="where the record goes")
-    options = parser.parse_args(argv)
-    unknown = sorted(set(options.implementations) - set(IMPLEMENTATIONS))
-    if unknown:
-        parser.error(f"--implementations must be of {', '.join(IMPLEMENTATIONS)}, got {', '.join(unknown)}")
+    add_case_arguments(parser, [65536], ["cudnn", "flash_attn_4"])
+    options = parse_cases(parser, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     record = {"machine": machine(device, argv, MODULE), "rows": []}

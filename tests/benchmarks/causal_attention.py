@@ -108,23 +108,30 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=_numbers, default=[8192, 32768, 65536], help="tokens, separated by commas")
+def add_case_arguments(parser: argparse.ArgumentParser, lengths: list[int], implementations: list[str]) -> None:
+    """What is run, with these defaults, and where its record goes."""
+    parser.add_argument("--lengths", type=_numbers, default=lengths, help="tokens, separated by commas")
     parser.add_argument("--head-dims", type=_numbers, default=[120, 128], help="the width is cut into heads of these")
     parser.add_argument("--width", type=int, default=3840, help="channels; rounded down to whole heads")
-    parser.add_argument(
-        "--implementations",
-        type=lambda text: text.split(","),
-        default=[name for name in IMPLEMENTATIONS if name not in LEFT_OUT],
-    )
-    parser.add_argument("--min-ms", type=float, default=100, help="runs of a case add up to this")
+    parser.add_argument("--implementations", type=lambda text: text.split(","), default=implementations)
     parser.add_argument("--json", type=Path, help="where the record goes")
+
+
+def parse_cases(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The options; an implementation that does not exist ends the program."""
     options = parser.parse_args(argv)
     unknown = sorted(set(options.implementations) - set(IMPLEMENTATIONS))
     if unknown:
         parser.error(f"--implementations must be of {', '.join(IMPLEMENTATIONS)}, got {', '.join(unknown)}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_case_arguments(parser, [8192, 32768, 65536], [name for name in IMPLEMENTATIONS if name not in LEFT_OUT])
+    parser.add_argument("--min-ms", type=float, default=100, help="runs of a case add up to this")
+    options = parse_cases(parser, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = {"machine": machine(device, argv, MODULE), "rows": []}
     print(f"{machine_line(record['machine'])}\ntokens, heads x head dim; forward, forward+backward: ms, TFLOP/s")
