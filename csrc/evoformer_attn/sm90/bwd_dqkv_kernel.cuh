@@ -11,6 +11,8 @@
 
 namespace ds4sci {
 
+constexpr uint32_t kMinusInfinityBf16 = 0xff80u;
+
 template <typename T, int kHeadDim, int kConsumers, bool kPair>
 __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::kThreads, 1)
     evoformer_sm90_bwd_dqkv_kernel(const __grid_constant__ Sm90Params p) {
@@ -208,13 +210,14 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                 keys.wait_full();
                 const uint32_t own = Tile::own_tiles(warpgroup, keys.stage);
                 const uint32_t aux = own + Tile::kOwnAuxOffset + (warp_row + quad) * 16 + pair * 4;
-                const AuxOperand key_aux = AuxOperand::of_s(lds_u32(aux), lds_u32(aux + 128), pair);
                 const int valid = static_cast<int>(lds_u32(Tile::record_valid(warpgroup, Tile::sequence(keys))));
-                // Keys past the end: their bias reads as zero, which may be 1e38 above the row's, so their P may be
-                // infinite, and anything in a tile of such keys alone, for which no key side of the auxiliary product
-                // arrives. Only dQ sums over keys; what they give to dV and d(mask_bias) is not stored.
-                const uint32_t kept_rows[2] = {warp_row + quad < valid ? ~0u : 0u,
-                                               warp_row + quad + 8 < valid ? ~0u : 0u};
+                // Keys past the end: their bias reads as zero, which may be 1e38 above the row's, and in a tile of
+                // such keys alone no key side of the auxiliary product arrives. -inf as their mask, beside zeros,
+                // leaves P = 0.
+                const uint32_t dropped = pair == 0 ? kMinusInfinityBf16 : 0u;
+                const AuxOperand key_aux =
+                    AuxOperand::of_s(warp_row + quad < valid ? lds_u32(aux) : dropped,
+                                     warp_row + quad + 8 < valid ? lds_u32(aux + 128) : dropped, pair);
                 uint32_t own_keys[Tile::kInRegisters ? kHeadDim / 16 : 1][4],
                     own_values[Tile::kInRegisters ? kHeadDim / 16 : 1][4];
                 if constexpr (Tile::kInRegisters) {
@@ -306,8 +309,6 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                                 for (int e = 0; e < 4; ++e) s[2 * i + j][e] *= dp[2 * i + j][e];
                             }
                             pack_operand<T>(packed_ds[i], s[2 * i], s[2 * i + 1]);
-#pragma unroll
-                            for (int w = 0; w < 4; ++w) packed_ds[i][w] &= kept_rows[w % 2];
                         }
                         if (half == 0) mbarrier_wait(Tile::ds_empty(slot), slot_phase ^ 1);
                         const uint32_t ds = (ds_rows + slot * Tile::kSlotBytes) ^ (half * 64);
