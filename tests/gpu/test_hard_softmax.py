@@ -182,6 +182,25 @@ def test_one_dominating_key(gate, through, implementation, dtype):
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
+@pytest.mark.parametrize("keys", (1, 2, 3, 128, 200))
+@pytest.mark.parametrize("head_dim", (16, 32, 64))
+@pytest.mark.parametrize("pair", ("contiguous", "none"))
+def test_equal_weights(pair, head_dim, keys, implementation, dtype):
+    """Where all keys are one key, weights of 1 / 2^n have no rounding, and eager's dv has that of its output alone."""
+    shape = dataclasses.replace(SMALL, rows=8, head_dim=head_dim)
+    inputs = make_inputs(shape, dtype, "cuda", pair=pair, spread=2.0)
+    with torch.no_grad():
+        inputs.k.copy_(inputs.k[:, :, :1].expand_as(inputs.k))
+        inputs.mask_bias.zero_()
+        inputs.mask_bias[..., keys:] = MINUS_INF
+        if inputs.pair_bias is not None:
+            inputs.pair_bias.copy_(inputs.pair_bias[..., :1].expand_as(inputs.pair_bias))
+    actual, reference, eager = run_op(inputs, implementation), fp64_reference(inputs), eager_results(inputs)
+    for name in ("o", "dv"):
+        assert_no_worse_than_eager(name, actual[name], eager[name], reference[name])
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS)
 @pytest.mark.parametrize("through", ("mask_bias", "pair_bias"))
 def test_first_tiles_fully_masked(through, implementation, dtype):
     inputs = make_inputs(SMALL, dtype, "cuda")

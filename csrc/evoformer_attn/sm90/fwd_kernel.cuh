@@ -14,28 +14,53 @@
 
 namespace ds4sci {
 
-// The softmax state of one warp's 16 rows without a running maximum, in place of OnlineSoftmax.
+// The softmax state of one warp's 16 rows without a running maximum, in place of OnlineSoftmax. The output is divided
+// by the sums of the terms as rounded to T, which the product with V gives, so that a key with all the weight has
+// weight 1. The backward pass rounds other numbers, so its lse wants the sums of the terms themselves, which would
+// take an addition for every term. Where many keys have a weight, their roundings cancel out; where one has most of
+// it, its own is all that counts. So the largest term is kept, at half an instruction for every term.
 template <typename T>
 struct StaticSoftmax {
-    // Row sums of the terms, for lse: this lane's share of rows quad, quad + 8.
-    float sum[2];
+    float largest[2];  // of this lane's terms of rows quad, quad + 8
 
-    DS4SCI_DEVICE void reset() { sum[0] = sum[1] = 0.f; }
+    DS4SCI_DEVICE void reset() { largest[0] = largest[1] = 0.f; }
+    DS4SCI_DEVICE void add(const float (&terms)[4]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) largest[i] = max_of_non_negative(largest[i], terms[2 * i], terms[2 * i + 1]);
+    }
+    // Of 32 keys: a tree, whose instructions wait for each other less.
+    DS4SCI_DEVICE void add(const float (&terms)[4][4]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int low = 2 * i, high = 2 * i + 1;
+            const float a = max_of_non_negative(terms[0][low], terms[0][high], terms[1][low]),
+                        b = max_of_non_negative(terms[1][high], terms[2][low], terms[2][high]),
+                        c = max_of_non_negative(terms[3][low], terms[3][high], largest[i]);
+            largest[i] = max_of_non_negative(a, b, c);
+        }
+    }
     DS4SCI_DEVICE void finish() {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            sum[i] += shfl_xor(sum[i], 1);
-            sum[i] += shfl_xor(sum[i], 2);
+#pragma unroll
+            for (int lanes = 1; lanes < 4; lanes *= 2) {
+                const float other = shfl_xor(largest[i], lanes);
+                largest[i] = max_of_non_negative(largest[i], other, other);
+            }
         }
     }
-    template <typename Lse>
-    DS4SCI_DEVICE Lse lse(int i) const {
-        return log2_approx(sum[i]) * kLn2;
+    // For the row's sum of rounded terms. Keys of one logit all round the same way: a row of nothing else is known by
+    // its sum, a multiple of the largest term.
+    DS4SCI_DEVICE static float lse(float largest, float rounded_sum) {
+        const float rounded = unpack2<T>(pack2<T>(largest, largest)).x, factor = largest * reciprocal_approx(rounded);
+        const float count = rintf(rounded_sum * reciprocal_approx(rounded));
+        const bool equal = count * rounded == rounded_sum;
+        return log2_approx(equal ? rounded_sum * factor : rounded_sum + (largest - rounded)) * kLn2;
     }
     // Whether neither the sum nor a term, rounded to T, has left T's range or lost digits there; false for NaN. In
     // bf16 the products with values of up to 2^67 stay finite.
-    DS4SCI_DEVICE bool in_range(int i) const {
-        return kIsBf16<T> ? sum[i] > 0x1p-80f && sum[i] < 0x1p60f : sum[i] > 0.5f && sum[i] < 0x1p15f;
+    DS4SCI_DEVICE static bool in_range(float sum) {
+        return kIsBf16<T> ? sum > 0x1p-80f && sum < 0x1p60f : sum > 0.5f && sum < 0x1p15f;
     }
 };
 
@@ -201,10 +226,7 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                                                      : x[e] * scale);
                         }
                     }
-                    if constexpr (!kOnline) {
-                        softmax[half].sum[0] += x[0] + x[1];
-                        softmax[half].sum[1] += x[2] + x[3];
-                    }
+                    if constexpr (!kOnline) softmax[half].add(x);
                 }
             };
             auto start_output = [&](float (&s)[8][4], uint32_t (&packed)[4][4], int half, int stage) {
@@ -225,12 +247,19 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 wgmma_complete(o[half]);
                 if constexpr (!kOnline && !Values::kOneOperand) wgmma_complete(rounded_sums[half]);
             };
+            auto row_sum = [&](int half, int i) {
+                if constexpr (kOnline) {
+                    return softmax[half].sum[i];
+                } else {
+                    return Values::kOneOperand ? o[half][Values::kOutputTiles - 1][2 * i]
+                                               : rounded_sums[half][0][2 * i];
+                }
+            };
             auto normaliser = [&](int half, int i) {
                 if constexpr (kOnline) {
                     return softmax[half].normaliser(i);
                 } else {
-                    const float sum =
-                        Values::kOneOperand ? o[half][Values::kOutputTiles - 1][2 * i] : rounded_sums[half][0][2 * i];
+                    const float sum = row_sum(half, i);
                     return sum == 0.f ? 0.f : reciprocal_approx(sum);
                 }
             };
@@ -317,15 +346,18 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
             if (q < record.valid) {
                 // By value: registers have no index.
                 const Softmax mine = half ? softmax[1] : softmax[0];
-                record.vector_out[q] = high ? mine.template lse<float>(1) : mine.template lse<float>(0);
-                if constexpr (!kOnline) {
-                    const bool in_range = high ? mine.in_range(1) : mine.in_range(0);
-                    const float total = high ? mine.sum[1] : mine.sum[0];
+                if constexpr (kOnline) {
+                    record.vector_out[q] = high ? mine.template lse<float>(1) : mine.template lse<float>(0);
+                } else {
+                    const float low_sum = half ? row_sum(1, 0) : row_sum(0, 0),
+                                high_sum = half ? row_sum(1, 1) : row_sum(0, 1), sum = high ? high_sum : low_sum;
+                    record.vector_out[q] = Softmax::lse(high ? mine.largest[1] : mine.largest[0], sum);
                     const bool key_past_end =
                         kPair && p.k_len % kTileRows != 0 &&
                         lds_f32(Tile::refs(staged, warpgroup, queries.stage) + q * 4) < kLowestStaticRef;
                     // A sum of 0 is right where the mask keeps no key.
-                    if (key_past_end || (!in_range && (total != 0.f || keeps_a_key<Tile>(p, record.index, warpgroup))))
+                    if (key_past_end ||
+                        (!Softmax::in_range(sum) && (sum != 0.f || keeps_a_key<Tile>(p, record.index, warpgroup))))
                         p.redo[0] = p.redo[1 + record.index] = 1;
                 }
             }

@@ -139,13 +139,11 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
                             float (&x)[4] = s[r][j];
 #pragma unroll
                             for (int e = 0; e < 4; ++e) x[e] = exp2_approx(fmaf(x[e], scale, bias[j][e]));
-                            // One after the other: sums of two would need registers that are not there.
-                            softmax[r].sum[0] = (softmax[r].sum[0] + x[0]) + x[1];
-                            softmax[r].sum[1] = (softmax[r].sum[1] + x[2]) + x[3];
                         }
                         uint32_t packed[2][4];
 #pragma unroll
                         for (int i = 0; i < 2; ++i) pack_operand<T>(packed[i], s[r][2 * i], s[r][2 * i + 1]);
+                        softmax[r].add(s[r]);
                         wgmma_fence();
 #pragma unroll
                         for (int i = 0; i < 2; ++i)
@@ -174,12 +172,10 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
                 if (record.source != nullptr)
                     apply_gate<T, kHeadDim>(o[r], static_cast<const T*>(record.source) + q * p.gate_stride.l,
                                             p.gate_stride.l, record.valid - q, p.head_dim, lane);
+                const float sums[2] = {o[r][Values::kOutputTiles - 1][0], o[r][Values::kOutputTiles - 1][2]};
                 float factor[2];
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const float sum = o[r][Values::kOutputTiles - 1][2 * i];
-                    factor[i] = sum == 0.f ? 0.f : reciprocal_approx(sum);
-                }
+                for (int i = 0; i < 2; ++i) factor[i] = sums[i] == 0.f ? 0.f : reciprocal_approx(sums[i]);
                 const uint32_t from = r * 2 * Tile::kTileBytes;
                 stage_rows<T, kHeadDim>(fragment + from, o[r], factor[0], factor[1]);
                 async_proxy_fence();
@@ -192,15 +188,14 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
                 if (pair < 2 && query < record.valid) {
                     // Registers have no index.
                     const bool high = pair == 1;
+                    const float sum = high ? sums[1] : sums[0];
                     record.vector_out[query] =
-                        high ? softmax[r].template lse<float>(1) : softmax[r].template lse<float>(0);
-                    const bool in_range = high ? softmax[r].in_range(1) : softmax[r].in_range(0);
-                    const float total = high ? softmax[r].sum[1] : softmax[r].sum[0];
+                        StaticSoftmax<T>::lse(high ? softmax[r].largest[1] : softmax[r].largest[0], sum);
                     const bool key_past_end = p.k_len % kTileRows != 0 &&
                                               lds_f32(Tile::refs(team, queries.stage) + query * 4) < kLowestStaticRef;
                     // A sum of 0 is right where the mask keeps no key.
-                    if (key_past_end ||
-                        (!in_range && (total != 0.f || p.row_kept[p.key_row(record.b, record.n)] != 0)))
+                    if (key_past_end || (!StaticSoftmax<T>::in_range(sum) &&
+                                         (sum != 0.f || p.row_kept[p.key_row(record.b, record.n)] != 0)))
                         p.redo[0] = p.redo[1 + record.index] = 1;
                 }
             }

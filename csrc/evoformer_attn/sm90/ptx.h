@@ -130,6 +130,11 @@ DS4SCI_DEVICE float log2_approx(float x) {
     return y;
 }
 
+// The largest of three numbers from 0 on, in one instruction: their bits are in the same order. NaN is the largest.
+DS4SCI_DEVICE float max_of_non_negative(float a, float b, float c) {
+    return __int_as_float(__vimax3_s32(__float_as_int(a), __float_as_int(b), __float_as_int(c)));
+}
+
 // Write one warp's 16 x 16 elements, packed as a product's first operand, as four 8 x 8 matrices; lane i gives the
 // address of one row of matrix i / 8.
 DS4SCI_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
