@@ -85,9 +85,12 @@ def _wait(ranks, folder, deadline):
         codes = [process.poll() for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
         if failed:
-            # The rank that failed by itself, if it can be told from those that lost their neighbour.
+            # The rank that failed by itself, if it can be told from those that lost their neighbour. A rank that is
+            # killed loses its connections before its exit code is known, so its neighbour's may come first.
             time.sleep(0.5)
-            rank = next((r for r in failed if "Connection closed by peer" not in _tail(folder, r)), failed[0])
+            codes = [process.poll() for process in ranks]
+            failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+            rank = next((r for r in failed if not _lost_its_neighbour(_tail(folder, r))), failed[0])
             raise RankFailure(f"rank {rank} of {len(ranks)} ended with code {codes[rank]}:\n{_tail(folder, rank)}")
         if all(code == 0 for code in codes):
             return
@@ -95,6 +98,10 @@ def _wait(ranks, folder, deadline):
             busy = [rank for rank, code in enumerate(codes) if code is None]
             raise RankFailure(f"ranks {busy} of {len(ranks)} did not end in time:\n{_tail(folder, busy[0])}")
         time.sleep(0.05)
+
+
+def _lost_its_neighbour(tail):
+    return "Connection closed by peer" in tail or "Connection reset by peer" in tail
 
 
 def _tail(folder, rank):
