@@ -2,18 +2,25 @@
 """Running a function on several ranks, one process each, one launch for many cases: CPU ranks with gloo between them,
 or a GPU per rank with NCCL.
 
+CPU ranks are forked from a process that has imported what they need (rank_imports.py), which takes longer than most of
+what they do. Ranks with a GPU start afresh, since CUDA does not survive a fork.
+
 A rank that fails or dies ends the others, and the error carries what it printed; a launch that takes too long is ended
 and says which ranks were still at work.
 """
 
 import importlib
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
 from datetime import timedelta
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -46,7 +53,7 @@ def run_distributed(function, world_size, *arguments, timeout=300, backend="gloo
         folder = Path(folder)
         torch.save((function.__module__, function.__name__, arguments, backend), folder / "call.pt")
         started = time.monotonic()
-        ranks = _start(folder, world_size, {**_ACCELERATOR[backend], **environment})
+        ranks = _start(folder, world_size, backend, environment)
         try:
             _wait(ranks, folder, started + timeout)
         finally:
@@ -57,7 +64,29 @@ def run_distributed(function, world_size, *arguments, timeout=300, backend="gloo
         return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _start(folder, world_size, environment):
+class _ForkedRank(ForkServerProcess):
+    """A process by the names of subprocess.Popen."""
+
+    def poll(self):
+        return self.exitcode
+
+    def wait(self):
+        self.join()
+
+
+def _start_fork_server():
+    """Unless it is up. Ranks get an environment of their own; this one is for the imports."""
+    forkserver.set_forkserver_preload(["tests.helpers.rank_imports"])
+    # Without the processes that torch's compiler keeps ready, whose threads no rank would have.
+    with mock.patch.dict(os.environ, {**_common_variables(), **_ACCELERATOR["gloo"], "TORCH_WARM_POOL": "0"}):
+        forkserver.ensure_running()
+
+
+def _common_variables():
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def _start(folder, world_size, backend, environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,19 +94,37 @@ def _start(folder, world_size, environment):
     for rank in range(world_size):
         variables = {
             **os.environ,
+            **_common_variables(),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
+            **_ACCELERATOR[backend],
             **{name: str(value) for name, value in environment.items()},
         }
+        if backend == "gloo":
+            _start_fork_server()
+            process = _ForkedRank(target=_forked, args=(folder, rank, variables))
+            process.start()
+            ranks.append(process)
+            continue
         with open(folder / f"log-{rank}.txt", "w") as log:
             command = [sys.executable, "-m", "tests.helpers.distributed", str(folder)]
             ranks.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=_ROOT, env=variables))
     return ranks
+
+
+def _forked(folder, rank, variables):
+    """What a fresh process would begin with."""
+    with open(folder / f"log-{rank}.txt", "w") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    os.chdir(_ROOT)
+    os.environ.clear()
+    os.environ.update(variables)
+    multiprocessing.set_start_method(None, force=True)  # for processes of the rank's own, back to Python's choice
+    _main(folder)
 
 
 def _wait(ranks, folder, deadline):
