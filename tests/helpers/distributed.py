@@ -90,6 +90,8 @@ def _start(folder, world_size, backend, environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    if backend == "gloo":
+        _start_fork_server()
     ranks = []
     for rank in range(world_size):
         variables = {
@@ -104,7 +106,6 @@ def _start(folder, world_size, backend, environment):
             **{name: str(value) for name, value in environment.items()},
         }
         if backend == "gloo":
-            _start_fork_server()
             process = _ForkedRank(target=_forked, args=(folder, rank, variables))
             process.start()
             ranks.append(process)

@@ -49,6 +49,8 @@ struct StaticSoftmax {
             }
         }
     }
+    // Of a row's sum of rounded terms: 1 / sum, 0 for a row without keys.
+    DS4SCI_DEVICE static float normaliser(float sum) { return sum == 0.f ? 0.f : reciprocal_approx(sum); }
     // For the row's sum of rounded terms. Keys of one logit all round the same way: a row of nothing else is known by
     // its sum, a multiple of the largest term.
     DS4SCI_DEVICE static float lse(float largest, float rounded_sum) {
@@ -247,20 +249,15 @@ __global__ void __launch_bounds__(Sm90FwdTile<kHeadDim, kPair>::kThreads, 1)
                 wgmma_complete(o[half]);
                 if constexpr (!kOnline && !Values::kOneOperand) wgmma_complete(rounded_sums[half]);
             };
-            auto row_sum = [&](int half, int i) {
-                if constexpr (kOnline) {
-                    return softmax[half].sum[i];
-                } else {
-                    return Values::kOneOperand ? o[half][Values::kOutputTiles - 1][2 * i]
-                                               : rounded_sums[half][0][2 * i];
-                }
+            // Of the static softmax alone, so a template: the online one's output has no sums.
+            auto row_sum = [&](auto half, int i) {
+                return Values::kOneOperand ? o[half][Values::kOutputTiles - 1][2 * i] : rounded_sums[half][0][2 * i];
             };
             auto normaliser = [&](int half, int i) {
                 if constexpr (kOnline) {
                     return softmax[half].normaliser(i);
                 } else {
-                    const float sum = row_sum(half, i);
-                    return sum == 0.f ? 0.f : reciprocal_approx(sum);
+                    return Softmax::normaliser(row_sum(half, i));
                 }
             };
 

@@ -173,11 +173,9 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
                     apply_gate<T, kHeadDim>(o[r], static_cast<const T*>(record.source) + q * p.gate_stride.l,
                                             p.gate_stride.l, record.valid - q, p.head_dim, lane);
                 const float sums[2] = {o[r][Values::kOutputTiles - 1][0], o[r][Values::kOutputTiles - 1][2]};
-                float factor[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) factor[i] = sums[i] == 0.f ? 0.f : reciprocal_approx(sums[i]);
                 const uint32_t from = r * 2 * Tile::kTileBytes;
-                stage_rows<T, kHeadDim>(fragment + from, o[r], factor[0], factor[1]);
+                stage_rows<T, kHeadDim>(fragment + from, o[r], StaticSoftmax<T>::normaliser(sums[0]),
+                                        StaticSoftmax<T>::normaliser(sums[1]));
                 async_proxy_fence();
                 warp_sync();
                 if (lane == 0) {

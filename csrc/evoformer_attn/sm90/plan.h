@@ -5,8 +5,8 @@
 
 namespace ds4sci {
 
-// Whether the forward with a pair bias takes blocks of four rows, two to a warpgroup, in place of three: they are 2 to
-// 5 % faster where both are full, and not where more rows are missing from their last block.
+// Whether the forward with a pair bias takes blocks of four rows, two to a warpgroup, in place of three: they were 2
+// to 5 % faster where both are full, and not where more rows are missing from their last block.
 constexpr bool takes_two_rows(int head_dim, int rows_per_group) {
     if (head_dim > 32) return false;  // registers
     return ceil_div<int64_t>(rows_per_group, 4) * 4 * 100 <= ceil_div<int64_t>(rows_per_group, 3) * 3 * 103;
