@@ -158,6 +158,35 @@ def test_processes_that_end_badly_are_told_apart(tmp_path):
 
     assert ended(0, 0) == "ok" and ended(1, None) == "failed" and ended(None, 0) == "time"
     assert ended(None, worker.OUT_OF_MEMORY) == "out of memory" and ended(-9, 1) == "host memory"
+    assert ended(None, worker.HOST_MEMORY) == "host memory"
+
+
+@pytest.mark.parametrize(("limit", "gib"), [("max", 6), (str(8 * 2**30), 5), (str(64 * 2**30), 6), (None, 6)])
+def test_cpu_memory_that_is_left_is_the_machines_or_the_containers(monkeypatch, tmp_path, limit, gib):
+    """The container uses 5 GiB, of which 2 are page cache: 3."""
+    monkeypatch.setattr(worker, "_MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {6 * 2**20} kB\n")
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{5 * 2**30}\n")
+        (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2**30}\nactive_file {2**30}\n")
+    assert worker.host_memory_left(tmp_path) == gib * 2**30
+
+
+# Of the thread, which ends where its process would.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_rank_ends_before_the_machine_has_no_cpu_memory_left(monkeypatch):
+    codes = []
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit  # ends the thread alone
+
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    left = iter([2**40, 2**31 - 1])
+    monkeypatch.setattr(worker, "host_memory_left", lambda: next(left))
+    worker.HostMemory(every=0.01)._thread.join(10)
+    assert codes == [worker.HOST_MEMORY] and next(left, None) is None
 
 
 def test_a_start_that_hangs_does_not_take_the_time_of_the_search(tmp_path):

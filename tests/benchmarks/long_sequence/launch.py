@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from tests.benchmarks.climb import Climb
-from tests.benchmarks.long_sequence.worker import OUT_OF_MEMORY
+from tests.benchmarks.long_sequence.worker import HOST_MEMORY, OUT_OF_MEMORY
 
 ROOT = Path(__file__).resolve().parents[3]
 START_SECONDS = 150.0  # for processes to start, to make model and engine and to train one short step
@@ -46,7 +46,7 @@ def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds
 
     Returns:
         A record per case that was tried: see `worker.measure`. Its status is "ok", "out of memory", "time" (cut off
-        after one of these times), "host memory" (killed by the kernel) or "failed", the last with "failure".
+        after one of these times), "host memory" (hardly any was left, or the kernel killed a rank) or "failed", the last with "failure".
         "starting": True where the processes ended before they tried a case: the record is of the first one that they
         would have tried, and says little about its length.
     """
@@ -116,7 +116,7 @@ def _wait(processes, output, deadline, case_seconds, start_seconds):
     while True:
         codes = [process.poll() for process in processes]
         if any(code not in (None, 0) for code in codes):
-            reason = {OUT_OF_MEMORY: "out of memory", -signal.SIGKILL: "host memory"}
+            reason = {OUT_OF_MEMORY: "out of memory", HOST_MEMORY: "host memory", -signal.SIGKILL: "host memory"}
             return next((reason[code] for code in codes if code in reason), "failed")
         if all(code == 0 for code in codes):
             return "ok"

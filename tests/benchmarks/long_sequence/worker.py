@@ -25,6 +25,12 @@ from tests.benchmarks.climb import Climb
 OUT_OF_MEMORY = 75
 """Exit status of a rank that has no memory left."""
 
+HOST_MEMORY = 76
+"""Exit status of a rank on a machine that has hardly any CPU memory left."""
+
+_MEMINFO = Path("/proc/meminfo")
+_KEPT_FREE = 2 * 2**30  # bytes of CPU memory; with less the kernel may kill any process of the machine
+
 
 def main(path: str) -> int:
     job = json.loads(Path(path).read_text())
@@ -169,32 +175,46 @@ def out_of_memory(error: Exception) -> bool:
 
 class HostMemory:
     """The most CPU memory in use since this was made: the process's resident memory, or, where that is more, what the
-    machine has less available. Page-locked memory that the driver allocates is missing from the first.
+    machine has less available. Page-locked memory that the driver allocates is missing from the first. Where the last
+    2 GiB are reached the process ends, with HOST_MEMORY.
 
     beside_others: other programs run, whose memory is not to be counted: the resident memory alone, a lower bound.
     """
 
-    def __init__(self, every: float = 0.2, *, beside_others: bool = False):
+    def __init__(self, every: float = 0.1, *, beside_others: bool = False):
         self._beside_others = beside_others
-        self._before = self._least = self._available()
-        threading.Thread(target=self._watch, args=(every,), daemon=True).start()
+        self._before = self._least = _number(_MEMINFO, "MemAvailable:")
+        self._thread = threading.Thread(target=self._watch, args=(every,), daemon=True)
+        self._thread.start()
 
     def _watch(self, every):
         while True:
-            self._least = min(self._least, self._available())
+            self._least = min(self._least, _number(_MEMINFO, "MemAvailable:"))
+            if host_memory_left() < _KEPT_FREE:
+                os._exit(HOST_MEMORY)
             time.sleep(every)
-
-    @staticmethod
-    def _available() -> int:
-        return _kibibytes("/proc/meminfo", "MemAvailable:")
 
     def peak_gib(self) -> float:
         machine = 0 if self._beside_others else self._before - self._least
-        return max(_kibibytes("/proc/self/status", "VmHWM:"), machine) / 2**20
+        return max(_number("/proc/self/status", "VmHWM:"), machine) / 2**20
 
 
-def _kibibytes(path, name):
-    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(name))
+def host_memory_left(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of CPU memory that this process can still have: what the machine has available, or its container, whose
+    limit does not show there and counts the page cache, which the kernel gives up when it must."""
+    left = _number(_MEMINFO, "MemAvailable:") * 1024
+    try:
+        most, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if most != "max":
+            cached = sum(_number(cgroup / "memory.stat", name) for name in ("inactive_file", "active_file"))
+            left = min(left, int(most) - int(used) + cached)
+    except OSError:
+        pass  # no such group, as on a machine without containers
+    return left
+
+
+def _number(path, name):
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.split()[0] == name)
 
 
 def train_step(engine, job, shape, step, device) -> float:
