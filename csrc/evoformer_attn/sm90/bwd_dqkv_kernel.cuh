@@ -252,6 +252,14 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                         float s[4][4], dp[4][4];
                         ring.wait_full();
                         start_product(s, own_keys, key_tile, key_aux.words, query_tiles, offset);
+                        // The operands of dV and dK, in registers, make room for dP.
+                        if constexpr (!Tile::kLateDp) {
+                            wgmma_wait<1>();
+                            wgmma_complete(dk);
+                            wgmma_complete(dv);
+                            start_product(dp, own_values, key_tile.plus(Tile::kTileBytes), delta_aux, d_o_tiles,
+                                          offset);
+                        }
                         // Transposed: the tile's rows are queries, the product's are keys.
                         uint32_t bias[2][4] = {}, ref_words[2][4] = {};
                         auto load_bias = [&] {
@@ -263,9 +271,11 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                             }
                         };
                         if constexpr (Tile::kEarlyBias) load_bias();
-                        wgmma_wait<0>();
-                        wgmma_complete(dk);
-                        wgmma_complete(dv);
+                        wgmma_wait<Tile::kLateDp ? 0 : 1>();
+                        if constexpr (Tile::kLateDp) {
+                            wgmma_complete(dk);
+                            wgmma_complete(dv);
+                        }
                         wgmma_complete(s);
                         if constexpr (!Tile::kEarlyBias) load_bias();
                         uint32_t packed[2][4], packed_ds[2][4];
@@ -292,10 +302,11 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                                         kPair ? fmaf(y[e], scale_log2,
                                                      fmaf(b[e], kBiasLog2E<T>, e % 2 ? -ref[j].y : -ref[j].x))
                                               : y[e] * scale_log2);
-                                // Not ahead of the exponentials, which products under way slow down.
-                                if (i == 1 && j == 0)
-                                    start_product(dp, own_values, key_tile.plus(Tile::kTileBytes), delta_aux,
-                                                  d_o_tiles, offset);
+                                if constexpr (Tile::kLateDp) {
+                                    if (i == 1 && j == 0)
+                                        start_product(dp, own_values, key_tile.plus(Tile::kTileBytes), delta_aux,
+                                                      d_o_tiles, offset);
+                                }
                             }
                         }
 #pragma unroll

@@ -2,8 +2,8 @@
 // Forward with a pair bias on Hopper up to head dim 32, without a running maximum, as fwd_kernel.cuh, whose online
 // softmax computes marked work items again. Each warpgroup has 64 queries of two rows, which share the bias once it
 // is unpacked and its references are subtracted, a third of the work per logit. It takes 32 keys at a time: the logits
-// of the second row run beside half of the exponentials of the first, the output of the first beside those of the
-// second, and what else has to be waited for is hidden by the other warps.
+// of the second row run beside exponentials of the first, the output of the first beside those of the second, and what
+// else has to be waited for is hidden by the other warps.
 #pragma once
 #include "sm90/fwd_kernel.cuh"
 
@@ -19,6 +19,9 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
     using Rows = RowTile<kHeadDim>;
     using Values = ValuesWithOnes<kHeadDim>;
     constexpr int kOwnRows = Tile::kOwnRows, kKeys = kTileRows / 2;
+    // Whether the second row's logits start when half of the first row's exponentials, which a product under way slows
+    // down, are through: at head dim 16 the product is too short for that to pay.
+    constexpr bool kLateLogits = kHeadDim == 32;
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
     Values::template write_ones<T>(Tile::kOnesOffset, threadIdx.x, Tile::kThreads);
     async_proxy_fence();
@@ -65,7 +68,8 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
         const int warpgroup = warp / 4, warp_row = warp % 4 * 16, num_k_tiles = ceil_div(p.k_len, kTileRows);
         const int team = warpgroup / 2, half = warpgroup % 2, first_row = team * kOwnRows;
         const int quad = lane >> 2, pair = lane & 3;
-        const uint32_t first_lane = kept(lane == 0);  // found again in every turn, it takes registers for a moment
+        // Found again in every turn, it takes registers for a moment, which the other order does not have.
+        const uint32_t first_lane = kLateLogits ? kept(lane == 0) : lane == 0;
         // The query side of the auxiliary product: three ones.
         const uint32_t ones = pair == 0 ? 0x3f803f80u : pair == 1 ? 0x00003f80u : 0u;
         const uint32_t query_aux[4] = {ones, ones, 0u, 0u};
@@ -128,6 +132,7 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
                     wgmma_complete(o[0]);
                     wgmma_complete(o[1]);
                     if (part == 0) mbarrier_arrive_if(finished_stage, k_tile > 0 && first_lane);
+                    if constexpr (!kLateLogits) start_logits(1);
 #pragma unroll
                     for (int r = 0; r < kOwnRows; ++r) {
                         if (r == 1) {
@@ -140,10 +145,16 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
                             float (&x)[4] = s[r][j];
 #pragma unroll
                             for (int e = 0; e < 4; ++e) x[e] = exp2_approx(fmaf(x[e], scale, bias[j][e]));
-                            softmax[r].add(x);
-                            if (j % 2 == 1) pack_operand<T>(packed[j / 2], s[r][j - 1], x);
-                            // Not ahead of the exponentials, which products under way slow down.
-                            if (r == 0 && j == 1) start_logits(1);
+                            if constexpr (kLateLogits) {
+                                softmax[r].add(x);
+                                if (j % 2 == 1) pack_operand<T>(packed[j / 2], s[r][j - 1], x);
+                                if (r == 0 && j == 1) start_logits(1);
+                            }
+                        }
+                        if constexpr (!kLateLogits) {
+#pragma unroll
+                            for (int i = 0; i < 2; ++i) pack_operand<T>(packed[i], s[r][2 * i], s[r][2 * i + 1]);
+                            softmax[r].add(s[r]);
                         }
                         wgmma_fence();
 #pragma unroll
