@@ -204,6 +204,27 @@ def test_the_ladder_says_which_rungs_ran_on_another_card_and_takes_the_last_reco
     assert report._drawn_name(both["rungs"][0]) == "flash [8 layers, H200 NVL]"
 
 
+def test_runs_that_differ_in_their_lengths_alone_are_one_rung_of_the_ladder():
+    rung = ladder_record()["rungs"][0]
+    good = dict(OK, device_gib=3.0) | STEPS
+    runs = [
+        dict(longest=0, failed=160, cases=[dict(OOM, length=160)]),
+        dict(longest=96, failed=None, because=None, cases=[dict(good, length=96), dict(OOM, length=32)]),
+        dict(longest=64, failed=None, because=None, cases=[dict(good, length=64)]),
+    ]
+    records = [{"machine": ABOUT, "rungs": [rung | run]} for run in runs]
+    for each in records:
+        each["rungs"][0]["cases"] = [report.with_rates(case, CONFIG, 1, 1e12) for case in each["rungs"][0]["cases"]]
+    (line,) = report.markdown_ladder(records).split("\n\n")[0].splitlines()[2:]
+    assert line.startswith("| `flash`: + flash | 1 | 96 | 160, out of memory | 3.0 |")
+    (drawn,) = report.together(records)["rungs"]
+    assert [case["length"] for case in drawn["cases"]] == [32, 64, 96, 160]
+    for what, value in (("computed_layers", 4), ("says", "else"), ("ds_config", {"a": 1})):
+        other = {"machine": ABOUT, "rungs": [records[2]["rungs"][0] | {what: value}]}
+        (line,) = report.markdown_ladder([records[1], other]).split("\n\n")[0].splitlines()[2:]
+        assert "| 64 | not tried |" in line
+
+
 def test_the_end_of_a_budget_says_nothing_about_a_length(monkeypatch):
     cut_off = dict(event="case", batch_size=1, length=128, status="time")
     monkeypatch.setattr(throughput_by_length, "run_cases", lambda *_, **__: [OK | STEPS | {"event": "case"}, cut_off])

@@ -46,7 +46,8 @@ def run_cases(job: dict, *, ranks: int, seconds: float, tiny: bool, case_seconds
 
     Returns:
         A record per case that was tried: see `worker.measure`. Its status is "ok", "out of memory", "time" (cut off
-        after one of these times), "host memory" (hardly any was left, or the kernel killed a rank) or "failed", the last with "failure".
+        after one of these times), "host memory" (hardly any was left, or the kernel killed a rank) or "failed", the
+        last with "failure".
         "starting": True where the processes ended before they tried a case: the record is of the first one that they
         would have tried, and says little about its length.
     """

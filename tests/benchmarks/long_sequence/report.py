@@ -120,7 +120,8 @@ def markdown_lengths(records: list[dict]) -> str:
 
 def markdown_ladder(records: list[dict]) -> str:
     """For a README: a line per rung of the records that trained, by ladder, else in their order: the longest sequence,
-    how it is known, and the figures of a complete step there. Of a rung that several records have, the last one's."""
+    how it is known, and the figures of a complete step there. Of a rung that several records have: all lengths where
+    the runs differ in nothing else, else the last one's."""
     columns = [column for column in HEADS if column not in ("method's TFLOP/s", "TFLOP/s/GPU")]
     rows = ["| rung | GPUs | longest | failed at | " + " | ".join(columns) + " |", "|---" * (4 + len(columns)) + "|"]
     for rung in _by_ladder(records):
@@ -149,8 +150,31 @@ def together(records: list[dict]) -> dict:
 
 
 def _by_ladder(records):
-    trained = {rung["name"]: rung for rung in _lines(records) if rung["longest"]}
-    return sorted(trained.values(), key=lambda rung: list(LADDERS).index(rung["ladder"]))
+    rungs = {}
+    for rung in _lines(records):
+        before = rungs.get(rung["name"])
+        if before is not None and all(before.get(what) == rung.get(what) for what in _SAME_RUNG):
+            rung = _joined(before, rung)
+        if rung["longest"] or before is None:
+            rungs[rung["name"]] = rung
+    trained = [rung for rung in rungs.values() if rung["longest"]]
+    return sorted(trained, key=lambda rung: list(LADDERS).index(rung["ladder"]))
+
+
+_SAME_RUNG = ("card", "computed_layers", "says", "ds_config")
+"""Where records agree in these, the lengths of one go on where those of the other ended."""
+
+
+def _joined(before, rung):
+    """A rung of two records: the lengths of both, of one in both the later."""
+    cases = {case["length"]: case for case in [*before["cases"], *rung["cases"]]}
+    longest = max((length for length, case in cases.items() if case["status"] == "ok"), default=0)
+    failed = min(
+        (length for length, case in cases.items() if case["status"] != "ok" and length > longest), default=None
+    )
+    because = cases[failed]["status"] if failed else None
+    joined = {"longest": longest, "failed": failed, "because": because}
+    return rung | joined | {"cases": [case for _, case in sorted(cases.items())]}
 
 
 def _lines(records):
@@ -201,6 +225,7 @@ def draw_ladder(record: dict, path: Path) -> None:
     right.set(
         xscale="log", xlabel="1024 tokens", ylabel="TFLOP/s per GPU (causal, no recomputation)", title="How fast"
     )
+    right.margins(x=0.25)  # names stand to the right of the last point
     right.grid(alpha=0.3)
     _save(figure, record, path)
 
