@@ -204,7 +204,7 @@ def test_the_ladder_says_which_rungs_ran_on_another_card_and_takes_the_last_reco
     assert report._drawn_name(both["rungs"][0]) == "flash [8 layers, H200 NVL]"
 
 
-def test_runs_that_differ_in_their_lengths_alone_are_one_rung_of_the_ladder():
+def test_runs_of_one_commit_and_config_are_one_rung_of_the_ladder():
     rung = ladder_record()["rungs"][0]
     good = dict(OK, device_gib=3.0) | STEPS
     runs = [
@@ -219,8 +219,13 @@ def test_runs_that_differ_in_their_lengths_alone_are_one_rung_of_the_ladder():
     assert line.startswith("| `flash`: + flash | 1 | 96 | 160, out of memory | 3.0 |")
     (drawn,) = report.together(records)["rungs"]
     assert [case["length"] for case in drawn["cases"]] == [32, 64, 96, 160]
-    for what, value in (("computed_layers", 4), ("says", "else"), ("ds_config", {"a": 1})):
-        other = {"machine": ABOUT, "rungs": [records[2]["rungs"][0] | {what: value}]}
+    again = {"machine": ABOUT, "rungs": [rung | dict(longest=0, failed=96, cases=[dict(OOM, length=96)])]}
+    for order in ([records[1], again], [again, records[1]]):  # a length that trained stays good
+        (line,) = report.markdown_ladder(order).split("\n\n")[0].splitlines()[2:]
+        assert "| 96 | not tried |" in line
+    for what, value in (("computed_layers", 4), ("says", "else"), ("ds_config", {"a": 1}), ("commit", "def")):
+        machine = ABOUT | ({what: value} if what in ABOUT else {})
+        other = {"machine": machine, "rungs": [records[2]["rungs"][0] | {what: value}]}
         (line,) = report.markdown_ladder([records[1], other]).split("\n\n")[0].splitlines()[2:]
         assert "| 64 | not tried |" in line
 

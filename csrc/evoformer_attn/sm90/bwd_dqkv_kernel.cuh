@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(Sm90BwdDqkvTile<kHeadDim, kConsumers, kPair>::
                         float s[4][4], dp[4][4];
                         ring.wait_full();
                         start_product(s, own_keys, key_tile, key_aux.words, query_tiles, offset);
-                        // The operands of dV and dK, in registers, make room for dP.
                         if constexpr (!Tile::kLateDp) {
+                            // The operands of dV and dK, in registers, make room for dP.
                             wgmma_wait<1>();
                             wgmma_complete(dk);
                             wgmma_complete(dv);

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
         const int warpgroup = warp / 4, warp_row = warp % 4 * 16, num_k_tiles = ceil_div(p.k_len, kTileRows);
         const int team = warpgroup / 2, half = warpgroup % 2, first_row = team * kOwnRows;
         const int quad = lane >> 2, pair = lane & 3;
-        // Found again in every turn, it takes registers for a moment, which the other order does not have.
+        // With late logits the test spills four bytes if it is found again in every turn.
         const uint32_t first_lane = kLateLogits ? kept(lane == 0) : lane == 0;
         // The query side of the auxiliary product: three ones.
         const uint32_t ones = pair == 0 ? 0x3f803f80u : pair == 1 ? 0x00003f80u : 0u;

@@ -121,7 +121,7 @@ def markdown_lengths(records: list[dict]) -> str:
 def markdown_ladder(records: list[dict]) -> str:
     """For a README: a line per rung of the records that trained, by ladder, else in their order: the longest sequence,
     how it is known, and the figures of a complete step there. Of a rung that several records have: all lengths where
-    the runs differ in nothing else, else the last one's."""
+    card, commit and config are the same, else the last one's."""
     columns = [column for column in HEADS if column not in ("method's TFLOP/s", "TFLOP/s/GPU")]
     rows = ["| rung | GPUs | longest | failed at | " + " | ".join(columns) + " |", "|---" * (4 + len(columns)) + "|"]
     for rung in _by_ladder(records):
@@ -161,29 +161,34 @@ def _by_ladder(records):
     return sorted(trained, key=lambda rung: list(LADDERS).index(rung["ladder"]))
 
 
-_SAME_RUNG = ("card", "computed_layers", "says", "ds_config")
+_SAME_RUNG = ("card", "commit", "computed_layers", "says", "ds_config")
 """Where records agree in these, the lengths of one go on where those of the other ended."""
 
 
 def _joined(before, rung):
-    """A rung of two records: the lengths of both, of one in both the later."""
-    cases = {case["length"]: case for case in [*before["cases"], *rung["cases"]]}
+    """A rung of two records: the lengths of both. One that trained stays good."""
+    cases = {case["length"]: case for case in before["cases"]}
+    for case in rung["cases"]:
+        if case["status"] == "ok" or cases.get(case["length"], case)["status"] != "ok":
+            cases[case["length"]] = case
     longest = max((length for length, case in cases.items() if case["status"] == "ok"), default=0)
     failed = min(
         (length for length, case in cases.items() if case["status"] != "ok" and length > longest), default=None
     )
     because = cases[failed]["status"] if failed else None
-    joined = {"longest": longest, "failed": failed, "because": because}
+    joined = {"longest": longest, "failed": failed, "because": because, "ended": None}
     return rung | joined | {"cases": [case for _, case in sorted(cases.items())]}
 
 
 def _lines(records):
-    """Rungs or variants, with "card" where the records are of several cards and this one is not of the first."""
+    """Rungs or variants with their commit, and "card" where the records are of several and this one is not of the
+    first."""
     lines = []
     for record in records:
         device, usual = record["machine"]["device"], records[0]["machine"]["device"]
         card = {} if device == usual else {"card": device.removeprefix("NVIDIA ")}
-        lines += [line | card for line in (record["rungs"] if "rungs" in record else record["variants"])]
+        about = card | {"commit": record["machine"]["commit"]}
+        lines += [line | about for line in (record["rungs"] if "rungs" in record else record["variants"])]
     return lines
 
 
