@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(Sm90FwdTwoRowTile<kHeadDim>::kThreads, 1)
     using Rows = RowTile<kHeadDim>;
     using Values = ValuesWithOnes<kHeadDim>;
     constexpr int kOwnRows = Tile::kOwnRows, kKeys = kTileRows / 2;
-    // Whether the second row's logits start when half of the first row's exponentials, which a product under way slows
-    // down, are through: at head dim 16 the product is too short for that to pay.
+    // Whether the second row's logits start when half of the first row's exponentials are through, not ahead of them:
+    // slower at head dim 16.
     constexpr bool kLateLogits = kHeadDim == 32;
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
     Values::template write_ones<T>(Tile::kOnesOffset, threadIdx.x, Tile::kThreads);

@@ -241,8 +241,8 @@ struct Sm90BwdDqkvTile {
     static constexpr bool kRefsByMatrix = kHeadDim <= kColumnRefsHeadDim;
     static constexpr bool kInRegisters = kConsumers == 3 && kHeadDim <= 32;  // K and V as first operands
     static constexpr bool kEarlyBias = kConsumers == 4;                      // read while S is on its way
-    // Whether dP starts when three quarters of the exponentials, which a product under way slows down, are through.
-    // Slower with operands in registers, no faster without a bias.
+    // Whether dP starts when three quarters of the exponentials are through, not ahead of them: slower with operands
+    // in registers, no faster without a bias.
     static constexpr bool kLateDp = kPair && !kInRegisters;
     static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
     // A stage, of 32 queries: the bias, Q, dO, the query side of the auxiliary product, the bias's row references.
