@@ -17,8 +17,28 @@ namespace ds4sci {
 
 constexpr int kPrepareThreads = 256;
 constexpr int kPrepareWarps = kPrepareThreads / 32;
-constexpr int kLanesPerVector = 4;  // delta: four lanes share one [D] vector, 64 contiguous bytes of 16-bit elements
-constexpr int kVectorsPerBlock = kPrepareThreads / kLanesPerVector;
+
+// The [D] vectors of delta, counted over [B * N, q_len_padded, H] from the start of a row on: neighbouring lanes read
+// neighbouring heads, which are neighbours in memory. A block has vectors of one row only.
+struct VectorBlocks {
+    static constexpr int kAtOnce = 2;              // vectors of one lane, whose reads are on their way together
+    static constexpr int kMaxLanes = 4;            // that share a vector
+    int lanes;                                     // 16 bytes each at a time; with a gate 8
+    uint32_t vectors_per_row, per_block, per_row;  // vectors of a row; of a block; blocks of a row
+
+    DS4SCI_HOST_DEVICE static VectorBlocks of(const KernelParams& p) {
+        const int chunks = ceil_div(p.head_dim * (p.dtype == kFloat32 ? 4 : 2), kChunkBytes);
+        VectorBlocks blocks;
+        blocks.lanes = p.gate != nullptr || chunks > 2 ? kMaxLanes : chunks;
+        blocks.vectors_per_row = static_cast<uint32_t>(p.q_len_padded) * p.heads;
+        blocks.per_block = kPrepareThreads / blocks.lanes * kAtOnce;
+        blocks.per_row = ceil_div(blocks.vectors_per_row, blocks.per_block);
+        return blocks;
+    }
+    DS4SCI_HOST_DEVICE int64_t count(const KernelParams& p) const {
+        return static_cast<int64_t>(p.batch) * p.rows * per_row;
+    }
+};
 
 struct PrepareBlocks {
     int64_t pair, mask, vectors;
@@ -32,10 +52,7 @@ struct PrepareBlocks {
         if (p.mask != nullptr) {
             blocks.mask = ceil_div<int64_t>(static_cast<int64_t>(p.mask_batch) * p.mask_rows, kPrepareWarps);
         }
-        if (p.row_stats != nullptr) {
-            const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.q_len_padded * p.heads;
-            blocks.vectors = ceil_div<int64_t>(vectors, kVectorsPerBlock);
-        }
+        if (p.row_stats != nullptr) blocks.vectors = VectorBlocks::of(p).count(p);
         return blocks;
     }
 };
@@ -172,7 +189,7 @@ DS4SCI_DEVICE float gated_delta(const KernelParams& p, int64_t first, const T* d
     T *gated_d_o = static_cast<T*>(p.gated_d_o) + first, *d_gate = static_cast<T*>(p.d_gate) + first;
     float delta = 0.f;
 #pragma unroll 1
-    for (int d = part * kPieceElements; d < p.head_dim; d += kLanesPerVector * kPieceElements) {
+    for (int d = part * kPieceElements; d < p.head_dim; d += VectorBlocks::kMaxLanes * kPieceElements) {
         const auto gated =
             GateGradients<T>::of(*reinterpret_cast<const uint2*>(gate + d), *reinterpret_cast<const uint2*>(o + d),
                                  *reinterpret_cast<const uint2*>(d_o + d));
@@ -183,60 +200,84 @@ DS4SCI_DEVICE float gated_delta(const KernelParams& p, int64_t first, const T* d
     return delta;
 }
 
-template <typename T>
-struct RowStats {
-    bool owner;                     // this lane writes
-    int64_t index;                  // in [B, N, H, q_len_padded]
-    typename LseType<T>::type lse;  // natural log; +inf where P must be 0
-    float delta;                    // 0 where there is no query
-
-    // Of one of the block's kVectorsPerBlock vectors, which kLanesPerVector lanes share. Vectors are counted over
-    // [B, N, q_len_padded, H]: neighbouring lanes read neighbouring heads, which are neighbours in memory. Lengths are
-    // padded to whole blocks, so a block has vectors of one row only, and 32 bits count them.
-    static DS4SCI_DEVICE RowStats of(const KernelParams& p, uint32_t block, int thread) {
-        constexpr int kChunkElements = 16 / sizeof(T);
-        static_assert(kLengthPadding % kVectorsPerBlock == 0, "whole blocks");
-        const uint32_t blocks_per_row = p.q_len_padded / kVectorsPerBlock * p.heads;
-        const int row = static_cast<int>(block / blocks_per_row), part = thread % kLanesPerVector;
-        const uint32_t vector = block % blocks_per_row * kVectorsPerBlock + thread / kLanesPerVector;
+// Calls write(index in [B, N, H, q_len_padded], lse, delta) for every vector of one block, in one of the lanes that
+// share it. lse is the natural logarithm, +inf where P must be 0; delta is 0 where there is no query.
+template <typename T, int kLanes, typename Write>
+DS4SCI_DEVICE void visit_row_stats(const KernelParams& p, const VectorBlocks& blocks, uint32_t block, int thread,
+                                   const Write& write) {
+    using Lse = typename LseType<T>::type;
+    constexpr int kAtOnce = VectorBlocks::kAtOnce, kChunkElements = kChunkBytes / sizeof(T);
+    const int row = static_cast<int>(block / blocks.per_row), part = thread % kLanes;
+    const uint32_t first = block % blocks.per_row * blocks.per_block + thread / kLanes;
+    const int64_t head_row = static_cast<int64_t>(row) * p.heads;
+    const T *o[kAtOnce], *d_o[kAtOnce];
+    int64_t index[kAtOnce];
+    Lse lse[kAtOnce];
+    float delta[kAtOnce];
+    bool exists[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+        const uint32_t vector = first + i * (kPrepareThreads / kLanes);
         const int q = static_cast<int>(vector / p.heads), head = static_cast<int>(vector % p.heads);
-        RowStats stats{part == 0, (static_cast<int64_t>(row) * p.heads + head) * p.q_len_padded + q, INFINITY, 0.f};
-        if (q < p.q_len) {
-            const int64_t first = ((static_cast<int64_t>(row) * p.q_len + q) * p.heads + head) * p.head_dim;
-            const T* d_o = vector_of<T>(p.d_o, p.d_o_stride, p, row, q, head);
-            if (p.gate == nullptr) {
-                const T* o = static_cast<const T*>(p.o) + first;
-                for (int d = part * kChunkElements; d < p.head_dim; d += kLanesPerVector * kChunkElements) {
-                    stats.delta +=
-                        dot_chunk<T>(*reinterpret_cast<const uint4*>(o + d), *reinterpret_cast<const uint4*>(d_o + d));
-                }
-            } else {
-                stats.delta = gated_delta(p, first, d_o, vector_of<T>(p.gate, p.gate_stride, p, row, q, head), part);
-            }
+        exists[i] = q < p.q_len;
+        index[i] = vector < blocks.vectors_per_row && part == 0 ? (head_row + head) * p.q_len_padded + q : -1;
+        lse[i] = INFINITY;
+        if (exists[i] && part == 0) lse[i] = static_cast<const Lse*>(p.lse)[(head_row + head) * p.q_len + q];
+        const int64_t out = ((static_cast<int64_t>(row) * p.q_len + q) * p.heads + head) * p.head_dim;
+        d_o[i] = vector_of<T>(p.d_o, p.d_o_stride, p, row, q, head);
+        delta[i] = 0.f;
+        if (p.gate == nullptr) {
+            o[i] = static_cast<const T*>(p.o) + out;
+        } else if (exists[i]) {
+            delta[i] = gated_delta(p, out, d_o[i], vector_of<T>(p.gate, p.gate_stride, p, row, q, head), part);
         }
-        stats.delta += shfl_xor(stats.delta, 1);
-        stats.delta += shfl_xor(stats.delta, 2);
-        if (stats.owner && q < p.q_len) {
-            using Lse = typename LseType<T>::type;
-            stats.lse = static_cast<const Lse*>(p.lse)[(static_cast<int64_t>(row) * p.heads + head) * p.q_len + q];
-            // A row without keys has lse = -inf; +inf makes its P = exp(x - lse) zero. So does a row whose every key
-            // is dropped by a finite bias, one half by the mask, the other by the pair bias: an fp32 lse no longer
-            // tells its keys apart.
-            if (stats.lse == -INFINITY || (sizeof(Lse) == 4 && stats.lse < -1e7f)) stats.lse = INFINITY;
-        }
-        return stats;
     }
-};
+    if (p.gate == nullptr) {
+        for (int d = part * kChunkElements; d < p.head_dim; d += kLanes * kChunkElements) {
+            uint4 x[kAtOnce] = {}, dx[kAtOnce] = {};
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (!exists[i]) continue;
+                x[i] = *reinterpret_cast<const uint4*>(o[i] + d);
+                dx[i] = *reinterpret_cast<const uint4*>(d_o[i] + d);
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) delta[i] += dot_chunk<T>(x[i], dx[i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int lanes = 1; lanes < kLanes; lanes *= 2) delta[i] += shfl_xor(delta[i], lanes);
+        // A row without keys has lse = -inf; +inf makes its P = exp(x - lse) zero. So does a row whose every key is
+        // dropped by a finite bias, one half by the mask, the other by the pair bias: an fp32 lse no longer tells its
+        // keys apart.
+        if (lse[i] == -INFINITY || (sizeof(Lse) == 4 && lse[i] < -1e7f)) lse[i] = INFINITY;
+        if (index[i] >= 0) write(index[i], lse[i], delta[i]);
+    }
+}
+
+template <typename T, typename Write>
+DS4SCI_DEVICE void visit_row_stats(const KernelParams& p, uint32_t block, int thread, const Write& write) {
+    const VectorBlocks blocks = VectorBlocks::of(p);
+    if (blocks.lanes == 1) {
+        visit_row_stats<T, 1>(p, blocks, block, thread, write);
+    } else if (blocks.lanes == 2) {
+        visit_row_stats<T, 2>(p, blocks, block, thread, write);
+    } else {
+        visit_row_stats<T, VectorBlocks::kMaxLanes>(p, blocks, block, thread, write);
+    }
+}
 
 template <typename T>
 DS4SCI_DEVICE void prepare_row_stats(const KernelParams& p, uint32_t block, int thread) {
-    const RowStats<T> stats = RowStats<T>::of(p, block, thread);
-    if (!stats.owner) return;
     using Lse = typename LseType<T>::type;
-    const Lse lse = stats.lse * static_cast<Lse>(1.4426950408889634074);
-    const float lse_high = static_cast<float>(lse);
-    p.row_stats[stats.index] = make_float2(lse_high, stats.delta);
-    if (p.lse_low != nullptr) p.lse_low[stats.index] = lse_high == INFINITY ? 0.f : static_cast<float>(lse - lse_high);
+    visit_row_stats<T>(p, block, thread, [&](int64_t index, Lse natural_lse, float delta) {
+        const Lse lse = natural_lse * static_cast<Lse>(1.4426950408889634074);
+        const float lse_high = static_cast<float>(lse);
+        p.row_stats[index] = make_float2(lse_high, delta);
+        if (p.lse_low != nullptr) p.lse_low[index] = lse_high == INFINITY ? 0.f : static_cast<float>(lse - lse_high);
+    });
 }
 
 template <typename T>

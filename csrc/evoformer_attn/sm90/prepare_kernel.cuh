@@ -20,10 +20,7 @@ struct Sm90PrepareBlocks {
         const PrepareBlocks portable = PrepareBlocks::of(p);
         blocks.pair = portable.pair;
         blocks.key = ceil_div<int64_t>(p.num_key_rows(), kPrepareWarps);
-        if (p.query_aux != nullptr) {
-            const int64_t vectors = static_cast<int64_t>(p.batch) * p.rows * p.q_len_padded * p.heads;
-            blocks.vectors = ceil_div<int64_t>(vectors, kVectorsPerBlock);
-        }
+        if (p.query_aux != nullptr) blocks.vectors = VectorBlocks::of(p).count(p);
         if (p.redo != nullptr) blocks.marks = ceil_div<int64_t>(p.num_items + 1, kPrepareThreads);
         return blocks;
     }
@@ -78,14 +75,14 @@ DS4SCI_DEVICE void prepare_key_row(const Sm90Params& p, int64_t row, int lane) {
 
 template <typename T>
 DS4SCI_DEVICE void prepare_query_aux(const Sm90Params& p, uint32_t block, int thread) {
-    const RowStats<T> stats = RowStats<T>::of(p, block, thread);
-    if (!stats.owner) return;
-    // In the units that S has before it is multiplied by softmax_scale * kBiasLog2E.
-    const float scaled = stats.lse * (kLog2E / kBiasLog2E<T>) / p.softmax_scale;
-    const Bf16Parts lse = Bf16Parts::of(scaled > -kDropped ? kDropped : -scaled);
-    const Bf16Parts delta = Bf16Parts::of(-stats.delta);
-    p.query_aux[stats.index] = make_uint4(pack2<bf16>(1.f, 1.f), pack2<bf16>(1.f, lse.high),
-                                          pack2<bf16>(lse.mid, lse.low), pack2<bf16>(delta.high, delta.mid));
+    visit_row_stats<T>(p, block, thread, [&](int64_t index, float natural_lse, float delta) {
+        // In the units that S has before it is multiplied by softmax_scale * kBiasLog2E.
+        const float scaled = natural_lse * (kLog2E / kBiasLog2E<T>) / p.softmax_scale;
+        const Bf16Parts lse = Bf16Parts::of(scaled > -kDropped ? kDropped : -scaled);
+        const Bf16Parts minus_delta = Bf16Parts::of(-delta);
+        p.query_aux[index] = make_uint4(pack2<bf16>(1.f, 1.f), pack2<bf16>(1.f, lse.high),
+                                        pack2<bf16>(lse.mid, lse.low), pack2<bf16>(minus_delta.high, minus_delta.mid));
+    });
 }
 
 template <typename T>
