@@ -37,7 +37,7 @@ int64_t num_position_items(const KernelParams& p, int length) {
 template <typename T>
 cudaError_t run_sm90_prepare(const Sm90Params& p) {
     const Sm90PrepareBlocks blocks = Sm90PrepareBlocks::of(p);
-    return launch_overlapping(&sm90_prepare_kernel<T>,
+    return launch_overlapping(blocks.vectors > 0 ? &sm90_prepare_kernel<T, true> : &sm90_prepare_kernel<T, false>,
                               {blocks.pair + blocks.key + blocks.vectors + blocks.marks, kPrepareThreads, 0}, p.stream,
                               p);
 }

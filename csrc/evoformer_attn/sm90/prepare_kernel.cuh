@@ -85,7 +85,9 @@ DS4SCI_DEVICE void prepare_query_aux(const Sm90Params& p, uint32_t block, int th
     });
 }
 
-template <typename T>
+// kVectors: whether any block has vectors. Behind blocks with the registers that those take, the forward, which has
+// none, ended 5 us later.
+template <typename T, bool kVectors>
 __global__ void __launch_bounds__(kPrepareThreads) sm90_prepare_kernel(const __grid_constant__ Sm90Params p) {
     wait_for_previous_kernels();
     let_next_kernel_start();
@@ -96,7 +98,9 @@ __global__ void __launch_bounds__(kPrepareThreads) sm90_prepare_kernel(const __g
     block -= blocks.pair;
     if (block < blocks.key) return prepare_key_row<T>(p, block * kPrepareWarps + warp, lane);
     block -= blocks.key;
-    if (block < blocks.vectors) return prepare_query_aux<T>(p, static_cast<uint32_t>(block), threadIdx.x);
+    if constexpr (kVectors) {
+        if (block < blocks.vectors) return prepare_query_aux<T>(p, static_cast<uint32_t>(block), threadIdx.x);
+    }
     block -= blocks.vectors;
     const int64_t mark = block * kPrepareThreads + threadIdx.x;
     if (mark <= p.num_items) p.redo[mark] = 0;
