@@ -191,6 +191,31 @@ def test_the_ladder_is_put_together_from_records(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_lengths_of_several_records_are_one_line_with_a_cross_where_memory_ends(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib").pyplot
+    short, long = (report.with_rates(OK | {"length": length}, CONFIG, 1, 1e12) for length in (64, 128))
+    variant = dict(name="on", says="all", gpus=1, batches=[])
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, cases in zip(files, ([short, OOM], [long, OOM | {"length": 256}]), strict=True):
+        report.write(file, {"machine": ABOUT, "variants": [variant | {"cases": cases}]})
+    drawn = []
+    monkeypatch.setattr(report, "_save", lambda figure, *_: drawn.append(figure.axes[0].lines))
+    arguments = ["--redraw", ",".join(map(str, files)), "--plot", str(tmp_path / "lengths.png")]
+    assert throughput_by_length.main(arguments) == 0
+    line, cross, explained = drawn[0]
+    assert list(line.get_xdata()) == [64, 128] and list(line.get_ydata()) == [short["tflops"], long["tflops"]]
+    assert list(cross.get_xdata()) == [256] and list(cross.get_ydata()) == [long["tflops"]]  # 128 trained after all
+    assert explained.get_label() == "out of memory"
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize("module", [longest_sequence, throughput_by_length])
+def test_redrawing_needs_to_know_where_to(module, capsys):
+    with pytest.raises(SystemExit):
+        module.parse_arguments(["--redraw", "a.json"])
+    assert "--redraw needs --plot" in capsys.readouterr().err
+
+
 def test_the_ladder_says_which_rungs_ran_on_another_card_and_takes_the_last_record_of_a_rung(tmp_path):
     record = ladder_record()
     again = dict(record["rungs"][0], longest=64, failed=96)

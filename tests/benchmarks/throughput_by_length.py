@@ -3,6 +3,7 @@
 
     python -m tests.benchmarks.throughput_by_length --json out.json --plot out.png --budget-seconds 400
     python -m tests.benchmarks.throughput_by_length --variants keep,off --lengths 8192,131072
+    python -m tests.benchmarks.throughput_by_length --redraw a.json,b.json --plot lengths.png
     python -m tests.benchmarks.throughput_by_length --tiny
 
 The first table of DeepSpeed4Science's long-sequence method in kind, for the 2.5B decoder on one GPU or two, ZeRO off
@@ -11,6 +12,7 @@ are complete training steps; TFLOP/s are per GPU in two counts, see `deepspeed_d
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -119,8 +121,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--device-gib", type=float, help="use no more of each GPU, as if it were a smaller one, such as 79.2")
     add("--json", type=Path, help="where the record goes")
     add("--plot", type=Path, help="where the picture goes")
+    add("--redraw", help="records, separated by commas: their variants as one plot, nothing is run")
     add("--tiny", action="store_true", help="rehearsal on CPU ranks with a model of 200,000 parameters")
     options = parser.parse_args(argv)
+    if options.redraw:
+        if not options.plot:
+            parser.error("--redraw needs --plot")
+        return options
     if options.repeat_under is None:
         options.repeat_under = longest_repeated(options.case_seconds, options.steps)
     gpus = 2 if options.tiny else torch.cuda.device_count()
@@ -146,6 +153,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse_arguments(argv)
+    if options.redraw:
+        records = [json.loads(Path(path).read_text()) for path in options.redraw.split(",")]
+        report.draw_lengths(report.variants_together(records), options.plot)
+        return 0
     deadline = time.monotonic() + options.budget_seconds
     record = {"machine": report.about(MODULE, argv), "tiny": options.tiny, "variants": []}
     peak = record["machine"]["peak_flops"]

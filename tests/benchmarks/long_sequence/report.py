@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from deepspeed_ds4sci.training import step_flops
@@ -143,10 +144,18 @@ def _runs(records):
 
 def together(records: list[dict]) -> dict:
     """The rungs of several records that trained as one, by ladder, for a plot."""
+    return {"machine": _machines(records), "rungs": _by_ladder(records)}
+
+
+def variants_together(records: list[dict]) -> dict:
+    """The variants of several records, one after the other, for a plot that joins those of one name."""
+    return {"machine": _machines(records), "variants": [each for record in records for each in record["variants"]]}
+
+
+def _machines(records):
     machines = [record["machine"] for record in records]
     said = ("device", "driver", "cuda", "torch", "commit", "date")
-    machine = {key: ", ".join(dict.fromkeys(each[key] for each in machines)) for key in said}
-    return {"machine": machine, "rungs": _by_ladder(records)}
+    return {key: ", ".join(dict.fromkeys(each[key] for each in machines)) for key in said}
 
 
 def _by_ladder(records):
@@ -242,12 +251,18 @@ def _drawn_name(rung):
 
 
 def draw_lengths(record: dict, path: Path) -> None:
-    """TFLOP/s against the length and tokens/s against the batch size, each where there is more than one."""
+    """TFLOP/s against the length and tokens/s against the batch size, each where there is more than one.
+
+    A cross is where memory ended, at the height of the longest that trains.
+    """
     pyplot = _pyplot()
-    by_length, by_batch = {}, {}
+    by_length, by_batch, ended = {}, {}, {}
     for variant in record["variants"]:
-        ok = [case for case in variant["cases"] if case["status"] == "ok" and case["batch_size"] == 1]
-        by_length[f"{variant['says']} (`{variant['name']}`)"] = [(case["length"], case["tflops"]) for case in ok]
+        name = f"{variant['says']} (`{variant['name']}`)"
+        of_one = [case for case in variant["cases"] if case["batch_size"] == 1]
+        line = by_length.setdefault(name, [])
+        line += [(case["length"], case["tflops"]) for case in of_one if case["status"] == "ok"]
+        ended.update((name, case["length"]) for case in of_one if case["status"] == "out of memory")
         for case in variant["batches"]:
             if case["status"] == "ok":
                 line = by_batch.setdefault(f"{variant['name']}, {case['length']} tokens", [])
@@ -261,8 +276,13 @@ def draw_lengths(record: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axis, (lines, what, unit) in zip(axes[0], panels, strict=True):
         for label, line in lines.items():
-            if line:
-                axis.plot(*zip(*sorted(line), strict=True), "o-", label=label)
+            if not line:
+                continue
+            (drawn,) = axis.plot(*zip(*sorted(line), strict=True), "o-", label=label)
+            if lines is by_length and ended.get(label, 0) > max(line)[0]:
+                axis.plot(ended[label], max(line)[1], "x", markersize=9, color=drawn.get_color())
+        if lines is by_length and ended:
+            axis.plot([], [], "kx", label="out of memory")
         axis.set(xlabel=what, ylabel=unit)
         _powers_of_two(axis)
         axis.grid(alpha=0.3)
@@ -289,7 +309,8 @@ def _pyplot():
 
 
 def _save(figure, record, path):
-    figure.suptitle(machine_line(record["machine"]), fontsize="small")
+    title = textwrap.wrap(machine_line(record["machine"]), int(figure.get_figwidth() * 14))  # as many fit an inch
+    figure.suptitle("\n".join(title), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     _pyplot().close(figure)
