@@ -21,9 +21,9 @@ constexpr int kPrepareWarps = kPrepareThreads / 32;
 // The [D] vectors of delta, counted over [B * N, q_len_padded, H] from the start of a row on: neighbouring lanes read
 // neighbouring heads, which are neighbours in memory. A block has vectors of one row only.
 struct VectorBlocks {
-    static constexpr int kAtOnce = 2;              // vectors of one lane, whose reads are on their way together
-    static constexpr int kMaxLanes = 4;            // that share a vector
-    int lanes;                                     // 16 bytes each at a time; with a gate 8
+    static constexpr int kAtOnce = 2;    // vectors of one lane; without a gate their reads are on their way together
+    static constexpr int kMaxLanes = 4;  // that share a vector
+    int lanes;                           // 16 bytes each at a time; with a gate 8
     uint32_t vectors_per_row, per_block, per_row;  // vectors of a row; of a block; blocks of a row
 
     DS4SCI_HOST_DEVICE static VectorBlocks of(const KernelParams& p) {
@@ -280,8 +280,11 @@ DS4SCI_DEVICE void prepare_row_stats(const KernelParams& p, uint32_t block, int 
     });
 }
 
+// At least four blocks of 16-bit elements: told nothing, ptxas takes 48 registers for compute capability 10 and 12,
+// and spills.
 template <typename T>
-__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ KernelParams p) {
+__global__ void __launch_bounds__(kPrepareThreads, sizeof(T) == 4 ? 0 : 4)
+    prepare_kernel(const __grid_constant__ KernelParams p) {
     const PrepareBlocks blocks = PrepareBlocks::of(p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int64_t block = blockIdx.x;

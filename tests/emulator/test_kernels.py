@@ -52,6 +52,9 @@ SHAPES = (
     shape("D96", 1, 2, 33, 20, 1, 96),
     shape("D5", 1, 2, 20, 21, 2, 5),
     shape("D24", 1, 2, 30, 65, 2, 24),
+    # Statistics of a row take more than one block, and the last of them is not full, with one lane a vector and two.
+    shape("blocks-D8", 1, 2, 130, 20, 3, 8),
+    shape("blocks-D16", 1, 2, 130, 20, 3, 16),
 )
 
 
