@@ -191,12 +191,13 @@ def test_the_ladder_is_put_together_from_records(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_lengths_of_several_records_are_one_line_with_a_cross_where_memory_ends(tmp_path, monkeypatch):
-    pyplot = pytest.importorskip("matplotlib").pyplot
+@pytest.mark.parametrize("order", (1, -1))
+def test_lengths_of_several_records_are_one_line_with_a_cross_where_memory_ends(tmp_path, monkeypatch, order):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     short, long = (report.with_rates(OK | {"length": length}, CONFIG, 1, 1e12) for length in (64, 128))
     variant = dict(name="on", says="all", gpus=1, batches=[])
     files = [tmp_path / "a.json", tmp_path / "b.json"]
-    for file, cases in zip(files, ([short, OOM], [long, OOM | {"length": 256}]), strict=True):
+    for file, cases in zip(files[::order], ([short, OOM], [long, OOM | {"length": 256}]), strict=True):
         report.write(file, {"machine": ABOUT, "variants": [variant | {"cases": cases}]})
     drawn = []
     monkeypatch.setattr(report, "_save", lambda figure, *_: drawn.append(figure.axes[0].lines))

@@ -148,7 +148,8 @@ def together(records: list[dict]) -> dict:
 
 
 def variants_together(records: list[dict]) -> dict:
-    """The variants of several records, one after the other, for a plot that joins those of one name."""
+    """The variants of several records, one after the other, for a plot that joins those of one name, whatever the
+    commit and the number of steps."""
     return {"machine": _machines(records), "variants": [each for record in records for each in record["variants"]]}
 
 
@@ -262,7 +263,7 @@ def draw_lengths(record: dict, path: Path) -> None:
         of_one = [case for case in variant["cases"] if case["batch_size"] == 1]
         line = by_length.setdefault(name, [])
         line += [(case["length"], case["tflops"]) for case in of_one if case["status"] == "ok"]
-        ended.update((name, case["length"]) for case in of_one if case["status"] == "out of memory")
+        ended.setdefault(name, []).extend(case["length"] for case in of_one if case["status"] == "out of memory")
         for case in variant["batches"]:
             if case["status"] == "ok":
                 line = by_batch.setdefault(f"{variant['name']}, {case['length']} tokens", [])
@@ -275,13 +276,17 @@ def draw_lengths(record: dict, path: Path) -> None:
     size = (1 + 6 * len(panels), 5)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axis, (lines, what, unit) in zip(axes[0], panels, strict=True):
+        crossed = False
         for label, line in lines.items():
             if not line:
                 continue
             (drawn,) = axis.plot(*zip(*sorted(line), strict=True), "o-", label=label)
-            if lines is by_length and ended.get(label, 0) > max(line)[0]:
-                axis.plot(ended[label], max(line)[1], "x", markersize=9, color=drawn.get_color())
-        if lines is by_length and ended:
+            longest, height = max(line)
+            too_long = [length for length in ended[label] if length > longest] if lines is by_length else []
+            if too_long:
+                axis.plot(min(too_long), height, "x", markersize=9, color=drawn.get_color())
+                crossed = True
+        if crossed:
             axis.plot([], [], "kx", label="out of memory")
         axis.set(xlabel=what, ylabel=unit)
         _powers_of_two(axis)
@@ -309,7 +314,7 @@ def _pyplot():
 
 
 def _save(figure, record, path):
-    title = textwrap.wrap(machine_line(record["machine"]), int(figure.get_figwidth() * 14))  # as many fit an inch
+    title = textwrap.wrap(machine_line(record["machine"]), int(figure.get_figwidth() * 15))  # as many fit an inch
     figure.suptitle("\n".join(title), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
