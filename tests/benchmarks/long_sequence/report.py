@@ -282,7 +282,7 @@ def draw_lengths(record: dict, path: Path) -> None:
                 continue
             (drawn,) = axis.plot(*zip(*sorted(line), strict=True), "o-", label=label)
             longest, height = max(line)
-            too_long = [length for length in ended[label] if length > longest] if lines is by_length else []
+            too_long = [length for length in ended.get(label, []) if length > longest]
             if too_long:
                 axis.plot(min(too_long), height, "x", markersize=9, color=drawn.get_color())
                 crossed = True
