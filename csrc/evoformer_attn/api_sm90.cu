@@ -37,6 +37,8 @@ int64_t dq_scratch_elements(const KernelParams& p) {
     return static_cast<int64_t>(num_sms) * p.q_len_padded * padded_head_dim;
 }
 
+bool wants_dpair(const KernelParams& p) { return p.dpair_bias != nullptr || p.dpair_out != nullptr; }
+
 Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_t* workspace_bytes) {
     Sm90Params p{};
     static_cast<KernelParams&>(p) = basic_kernel_params(params);
@@ -59,6 +61,10 @@ Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_
         p.query_aux = cursor.take<uint4>(vectors);
         take_gated_d_o(p, cursor);
         p.dq_scratch = cursor.take<float>(dq_scratch_elements(p));
+        if (wants_dpair(p) && factors_dpair(p)) {
+            p.num_items = static_cast<int32_t>(num_dpair_blocks(p));
+            p.redo = cursor.take<uint32_t>(num_dpair_blocks(p) + 1);
+        }
     } else {
         const int64_t items = num_forward_items(p);
         p.num_items = static_cast<int32_t>(items);
@@ -128,8 +134,8 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
     if (params->dpair_out != nullptr && params->dpair_bias == nullptr && params->dpair_splits != 1)
         return kInvalidArgument;
     Sm90Params p = make_sm90_params(*params, true, nullptr);
-    const bool wants_dpair = p.dpair_bias != nullptr || p.dpair_out != nullptr;
-    if (wants_dpair && p.dpair_splits > p.rows_per_group) return kInvalidArgument;  // a share would have no rows
+    const bool with_dpair = wants_dpair(p);
+    if (with_dpair && p.dpair_splits > p.rows_per_group) return kInvalidArgument;  // a share would have no rows
     return DS4SCI_SM90_DTYPE_SWITCH(p.dtype, [&] {
         return DS4SCI_SM90_HEAD_DIM_SWITCH(p.head_dim, [&] {
             cudaError_t status = run_sm90_prepare<T>(p);
@@ -139,14 +145,15 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
             constexpr int kHalfTile = kTileRows / 2;
             const bool with_dqkv = takes_dqkv(p, num_multiprocessors());
             if (status == cudaSuccess)
-                status = encode_maps(p, kHeadDim, with_dqkv && !wants_dpair ? kHalfTile : kTileRows);
+                status = encode_maps(p, kHeadDim, with_dqkv && !with_dpair ? kHalfTile : kTileRows);
             p.follows_prepare = true;
-            if (status == cudaSuccess && wants_dpair) {
+            const Sm90Params of_dpair = p;
+            if (status == cudaSuccess && with_dpair) {
                 status = run_sm90_bwd_dpair<T, kHeadDim>(p);
                 p.follows_prepare = false;
             }
             if (with_dqkv) {
-                if (status == cudaSuccess && wants_dpair) status = encode_query_maps(p, kHeadDim, kHalfTile);
+                if (status == cudaSuccess && with_dpair) status = encode_query_maps(p, kHeadDim, kHalfTile);
                 if (status == cudaSuccess) status = run_sm90_bwd_dqkv<T, kHeadDim>(p);
             } else {
                 if (status == cudaSuccess && p.dq != nullptr) {
@@ -156,6 +163,7 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
                 if (status == cudaSuccess && (p.dk != nullptr || p.dmask_bias != nullptr))
                     status = run_sm90_bwd_dkv<T, kHeadDim>(p);
             }
+            if (status == cudaSuccess && with_dpair) status = run_sm90_bwd_marked_dpair<T, kHeadDim>(of_dpair);
             if (status == cudaSuccess) status = finish_dpair(p);
             return static_cast<int32_t>(status);
         });

@@ -25,9 +25,8 @@ def instantiations() -> dict[str, str]:
     for name, element in SM90_DTYPES.items():
         arguments = [f"{element}, {head_dim}" for head_dim in SM90_HEAD_DIMS]
         for kernel in SM90_KERNELS:
-            files[f"{kernel}_{name}_sm90.cu"] = _file(
-                "sm90/launch.cuh", (f"run_sm90_{kernel}",), arguments, "Sm90Params"
-            )
+            functions = [f"run_sm90_{kernel}"] + (["run_sm90_bwd_marked_dpair"] if kernel == "bwd_dpair" else [])
+            files[f"{kernel}_{name}_sm90.cu"] = _file("sm90/launch.cuh", functions, arguments, "Sm90Params")
     return files
 
 

@@ -74,6 +74,9 @@ VARIANTS = (
     Small(rows=13, heads=10, k_len=321, head_dim=16),
     Small(rows=26, heads=10, k_len=500, q_len=70, pair="none"),
     Small(rows=66, heads=10, k_len=330, q_len=40, head_dim=64),
+    # d(pair_bias) from factored sums, which takes 2^27 logits
+    Small(rows=130, heads=4, q_len=510, k_len=510),
+    Small(rows=130, heads=4, q_len=510, k_len=510, head_dim=64, unlucky=True),
 )
 
 

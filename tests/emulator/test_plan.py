@@ -25,6 +25,14 @@ extern "C" int two_rows(int head_dim, int rows) { return ds4sci::takes_two_rows(
 extern "C" int shares(int groups, int rows, int q_len, int k_len, int heads, int head_dim, int num_sms) {
     return ds4sci::dpair_shares(problem(groups, rows, q_len, k_len, heads, head_dim), num_sms);
 }
+extern "C" int factors(int groups, int rows, int q_len, int k_len, int heads, int head_dim) {
+    return ds4sci::factors_dpair(problem(groups, rows, q_len, k_len, heads, head_dim));
+}
+extern "C" long long dpair_blocks(int groups, int rows, int q_len, int k_len, int heads, int shares) {
+    ds4sci::KernelParams p = problem(groups, rows, q_len, k_len, heads, 32);
+    p.dpair_splits = shares;
+    return ds4sci::num_dpair_blocks(p);
+}
 extern "C" int dqkv(int groups, int rows, int q_len, int k_len, int heads, int head_dim, int num_sms, int wants_dq,
                     int wants_dk) {
     ds4sci::KernelParams p = problem(groups, rows, q_len, k_len, heads, head_dim);
@@ -106,3 +114,26 @@ def test_shares_have_rows_and_fit(library, heads, k_len, q_len):
         shares = library.shares(groups, rows, q_len, k_len, heads, 32, 132)
         assert 1 <= shares <= min(rows, 32)
         assert shares == 1 or shares * groups * heads * q_len * k_len * 4 <= 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("problem", "factored"),
+    [
+        ((1, 256, 256, 256, 4, 32), False),  # one more launch would cost 1.5 %
+        ((1, 512, 256, 256, 4, 32), True),
+        ((1, 511, 256, 256, 4, 32), False),
+        ((1, 512, 512, 512, 4, 32), True),
+        ((1, 512, 512, 512, 4, 17), True),  # as if of 32
+        ((1, 5120, 384, 384, 8, 16), False),
+        ((48, 1, 768, 768, 16, 48), True),
+        ((1, 2**20, 1024, 1024, 64, 64), True),  # beyond 32 bits
+    ],
+)
+def test_factored_sums_where_there_is_enough_work(library, problem, factored):
+    assert library.factors(*problem) == factored
+
+
+def test_blocks_of_dpair(library):
+    library.dpair_blocks.restype = ctypes.c_longlong
+    assert library.dpair_blocks(1, 256, 256, 256, 4, 8) == 128
+    assert library.dpair_blocks(2, 300, 129, 1, 3, 5) == 60

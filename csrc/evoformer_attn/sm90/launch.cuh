@@ -106,14 +106,22 @@ cudaError_t run_sm90_bwd_dqkv(const Sm90Params& p) {
                                   : launch_sm90_bwd_dqkv<T, kHeadDim, 3, false>(p);
 }
 
+template <typename T, int kHeadDim, bool kFactored>
+cudaError_t launch_sm90_bwd_dpair(const Sm90Params& p) {
+    using Tile = Sm90BwdDpairTile<kHeadDim>;
+    return launch_overlapping(&evoformer_sm90_bwd_dpair_kernel<T, kHeadDim, kFactored>,
+                              {num_dpair_blocks(p), Tile::kThreads, Tile::kSmemBytes}, p.stream, p);
+}
 template <typename T, int kHeadDim>
 cudaError_t run_sm90_bwd_dpair(const Sm90Params& p) {
-    using Tile = Sm90BwdDpairTile<kHeadDim>;
-    const int64_t tiles =
-        static_cast<int64_t>(ceil_div(p.q_len, Tile::kPositions)) * ceil_div(p.k_len, Tile::kPositions);
-    return launch_overlapping(&evoformer_sm90_bwd_dpair_kernel<T, kHeadDim>,
-                              {tiles * p.heads * p.num_groups * p.dpair_splits, Tile::kThreads, Tile::kSmemBytes},
-                              p.stream, p);
+    if constexpr (kHeadDim >= kFactoredHeadDim) {
+        if (p.redo != nullptr) return launch_sm90_bwd_dpair<T, kHeadDim, true>(p);
+    }
+    return launch_sm90_bwd_dpair<T, kHeadDim, false>(p);
+}
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_marked_dpair(const Sm90Params& p) {
+    return p.redo != nullptr ? launch_sm90_bwd_dpair<T, kHeadDim, false>(p) : cudaSuccess;
 }
 
 }  // namespace ds4sci

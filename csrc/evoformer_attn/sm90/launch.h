@@ -26,5 +26,8 @@ template <typename T, int kHeadDim>
 cudaError_t run_sm90_bwd_dqkv(const Sm90Params& p);
 template <typename T, int kHeadDim>
 cudaError_t run_sm90_bwd_dpair(const Sm90Params& p);
+// The blocks that it marked, again. After all kernels that may run beside it.
+template <typename T, int kHeadDim>
+cudaError_t run_sm90_bwd_marked_dpair(const Sm90Params& p);
 
 }  // namespace ds4sci

@@ -46,7 +46,10 @@ struct Sm90Params : KernelParams {
     uint4* query_aux;    // backward: [B, N, H, q_len_padded]
     float* dq_scratch;   // backward: [blocks, q_len_padded, padded head dim], a block's sums between two passes
     uint32_t* row_kept;  // forward: [mask_batch, mask_rows], whether the mask keeps any key
-    uint32_t* redo;      // forward: [1 + items of fwd_kernel.cuh]: what the static softmax leaves to the online one
+    // Forward: [1 + items of fwd_kernel.cuh]: whether, and what, the static softmax leaves to the online one.
+    // Backward: [1 + blocks of d(pair_bias)], the first unused: which of them factored sums leave to whole ones; null
+    // without.
+    uint32_t* redo;
     // The kernel launched before is the one that prepares the operands. Else it is a sibling that has waited for that
     // one and whose results this kernel does not read, so it may start beside it.
     bool follows_prepare;

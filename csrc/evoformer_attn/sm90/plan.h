@@ -32,12 +32,31 @@ inline bool takes_dqkv(const KernelParams& p, int32_t num_sms) {
     return use >= 0.7;
 }
 
+// Positions of a block of d(pair_bias), on either side.
+constexpr int kDpairPositions = 128;
+
+// Blocks that compute d(pair_bias).
+inline int64_t num_dpair_blocks(const KernelParams& p) {
+    return static_cast<int64_t>(ceil_div(p.q_len, kDpairPositions)) * ceil_div(p.k_len, kDpairPositions) * p.heads *
+           p.num_groups * p.dpair_splits;
+}
+
+// The smallest padded head dim at which sums of d(pair_bias) are ever factored; below it they were slower.
+constexpr int kFactoredHeadDim = 32;
+
+// Whether d(pair_bias) comes from factored sums (bwd_dpair_kernel.cuh). They made the backward pass of 512 x 512 1.7 %
+// faster, at head dim 64 5 %; one more launch follows, of 2 us.
+inline bool factors_dpair(const KernelParams& p) {
+    const int64_t logits = static_cast<int64_t>(p.num_groups) * p.rows_per_group * p.heads * p.q_len * p.k_len;
+    return p.head_dim > kFactoredHeadDim / 2 && logits >= static_cast<int64_t>(1) << 27;
+}
+
 // Shares of the rows that d(pair_bias) is computed in: the fewest that keep nine tenths of the multiprocessors busy,
 // else those that keep the most; each costs an fp32 copy of the gradient, so at most 64 MiB of them.
 inline int32_t dpair_shares(const KernelParams& p, int32_t num_sms) {
     constexpr int64_t kMaxCopyBytes = static_cast<int64_t>(64) << 20;
-    const int64_t units =
-        static_cast<int64_t>(ceil_div(p.q_len, 128)) * ceil_div(p.k_len, 128) * p.heads * p.num_groups;
+    const int64_t units = static_cast<int64_t>(ceil_div(p.q_len, kDpairPositions)) *
+                          ceil_div(p.k_len, kDpairPositions) * p.heads * p.num_groups;
     const int64_t copy_bytes = dpair_elements(p) * 4;
     int32_t best = 1;
     double best_use = 0.;

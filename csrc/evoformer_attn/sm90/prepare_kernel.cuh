@@ -4,7 +4,7 @@
 //   pair rows   pair_max  = row max of the pair bias, pair_ref, pair_ref_columns
 //   key rows    key_aux   = key side of the auxiliary product (params.h), row_kept
 //   vectors     query_aux = its query side                                              (backward)
-//   marks       redo      = 0                                                           (forward)
+//   marks       redo      = 0                                      (forward; factored sums of d(pair_bias))
 #pragma once
 #include "../prepare_kernel.cuh"
 #include "sm90/params.h"

@@ -8,6 +8,7 @@
 #pragma once
 #include <cstddef>
 
+#include "sm90/plan.h"
 #include "sm90/tile.h"
 
 namespace ds4sci {
@@ -212,7 +213,7 @@ struct Sm90BwdDkvTile
 // Four warpgroups in turn beat two that overlap the products of one step with the sums of another.
 template <int kHeadDim>
 struct Sm90BwdDpairTile : BlockShape<4> {
-    static constexpr int kPositions = 2 * kTileRows;
+    static constexpr int kPositions = kDpairPositions;
     static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
     // A stage: Q, dO, K, V, the query and the key side of the auxiliary product; 128 positions each.
     static constexpr int kQueryOffset = 0, kDOOffset = 2 * kTileBytes, kKeyOffset = 4 * kTileBytes,
@@ -220,7 +221,7 @@ struct Sm90BwdDpairTile : BlockShape<4> {
                          kKeyAuxOffset = kQueryAuxOffset + 2 * kAuxTileBytes;
     static constexpr int kStageBytes = kKeyAuxOffset + 2 * kAuxTileBytes;
     static constexpr int kStages = kHeadDim == 64 ? 2 : kHeadDim == 32 ? 5 : 8;
-    // Saves reads of shared memory, which limit the kernel except at head dim 16.
+    // Of whole sums. Saves reads of shared memory, which limit the kernel except at head dim 16.
     static constexpr bool kBiasInRegisters = kHeadDim > 16;
     static constexpr int kBiasOffset = kSmemBase + kStages * kStageBytes;
     static constexpr int kBarrierOffset = kBiasOffset + 4 * kBiasTileBytes;
