@@ -6,18 +6,14 @@
 //     sum over n of exp(s_n + bias - lse_n) dP_n = exp(bias) * sum over n of exp(s_n - lse_n) dP_n
 // So with enough work (plan.h) a block multiplies once, behind the last row, and has registers for 64 keys at a time
 // where the bias would be. The terms of such a factored sum leave the range of fp32 where the bias holds down a logit
-// far above the others of its row. A sum near that marks its block, and this kernel with sums of whole terms, launched
-// later, computes marked blocks again; the others return at once.
+// 88 above the lse of its row. A sum that is not finite marks its block, and this kernel with sums of whole terms,
+// launched later, computes marked blocks again; the others return at once.
 #pragma once
 #include "bias.h"
 #include "finish_kernel.cuh"
 #include "sm90/tile_config.h"
 
 namespace ds4sci {
-
-// Of a sum before it is multiplied by its power of the bias, which is at most 1; false for NaN. Where a sum below this
-// meets a power that fp32 has no digits for, the result is below 2^-46.
-DS4SCI_DEVICE bool factored_sum_in_range(float sum) { return fabsf(sum) < 0x1p80f; }
 
 // What a block computes.
 struct DpairBlock {
@@ -215,8 +211,10 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         float& x = sum[2 * i + j][e];
-                        in_range = in_range && factored_sum_in_range(x);
-                        x *= exp2_approx(biased[j][e]);
+                        in_range = in_range && fabsf(x) < INFINITY;
+                        // By its root twice: the power alone may be less than fp32 has where the product is not.
+                        const float root = exp2_approx(0.5f * biased[j][e]);
+                        x = x * root * root;
                     }
                 }
             }
