@@ -37,8 +37,6 @@ int64_t dq_scratch_elements(const KernelParams& p) {
     return static_cast<int64_t>(num_sms) * p.q_len_padded * padded_head_dim;
 }
 
-bool wants_dpair(const KernelParams& p) { return p.dpair_bias != nullptr || p.dpair_out != nullptr; }
-
 Sm90Params make_sm90_params(const EvoformerParams& params, bool backward, int64_t* workspace_bytes) {
     Sm90Params p{};
     static_cast<KernelParams&>(p) = basic_kernel_params(params);
@@ -147,7 +145,7 @@ extern "C" int32_t ds4sci_evoformer_sm90_bwd(const EvoformerParams* params) {
             if (status == cudaSuccess)
                 status = encode_maps(p, kHeadDim, with_dqkv && !with_dpair ? kHalfTile : kTileRows);
             p.follows_prepare = true;
-            const Sm90Params of_dpair = p;
+            const Sm90Params of_dpair = p;  // whose tiles of queries are whole, unlike those of the kernel behind it
             if (status == cudaSuccess && with_dpair) {
                 status = run_sm90_bwd_dpair<T, kHeadDim>(p);
                 p.follows_prepare = false;

@@ -69,10 +69,11 @@ inline int32_t check(const EvoformerParams& p) {
     return 0;
 }
 
+inline bool wants_dpair(const EvoformerParams& p) { return p.dpair_bias != nullptr || p.dpair_out != nullptr; }
+
 inline int32_t check_backward(const EvoformerParams& p) {
     if (const int32_t status = check(p)) return status;
-    const bool wants_dpair = p.dpair_bias != nullptr || p.dpair_out != nullptr;
-    if (wants_dpair && (p.pair_bias == nullptr || p.dpair_splits < 1)) return kInvalidArgument;
+    if (wants_dpair(p) && (p.pair_bias == nullptr || p.dpair_splits < 1)) return kInvalidArgument;
     if ((p.dk == nullptr) != (p.dv == nullptr)) return kInvalidArgument;
     if (p.d_gate != nullptr && p.gate == nullptr) return kInvalidArgument;
     return 0;

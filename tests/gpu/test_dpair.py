@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers.inputs import make_inputs
 from tests.helpers.numerics import (
@@ -15,8 +14,9 @@ from tests.helpers.numerics import (
 )
 from tests.helpers.shapes import AttentionShape
 
-IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="kernels for sm_90a alone")]
+from .runs import ON_HOPPER, launches, with_masked_maximum
+
+pytestmark = [pytest.mark.gpu, ON_HOPPER]
 BF16, FP16 = torch.bfloat16, torch.float16
 HEADS = 4
 
@@ -27,21 +27,14 @@ def shape_of(head_dim, batch=1, rows=130, queries=500, keys=530):
     return shape
 
 
-def launches(inputs) -> int:
-    """Of the kernel of d(pair_bias) in one backward pass: two where its sums are factored."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run_op(inputs, "sm90")
-        torch.cuda.synchronize()
-    return sum(event.count for event in profiler.key_averages() if "bwd_dpair" in event.key)
-
-
 def check(inputs):
-    assert launches(inputs) == 2, "the shape no longer reaches factored sums"
+    """Two launches of the kernel of d(pair_bias): its sums are factored."""
+    assert launches(inputs, "bwd_dpair") == 2, "the shape no longer reaches factored sums"
     check_against_eager(inputs, "sm90")
 
 
 def check_dpair(inputs):
-    assert launches(inputs) == 2
+    assert launches(inputs, "bwd_dpair") == 2
     actual, eager, reference = (
         results["dpair_bias"] for results in (run_op(inputs, "sm90"), eager_results(inputs), fp64_reference(inputs))
     )
@@ -56,8 +49,8 @@ def test_head_dims(head_dim, dtype):
 
 def test_no_more_launches_below_it_or_with_a_small_head_dim():
     few = AttentionShape("few", 1, 16, 500, 530, HEADS, 32, "an eighth of the logits")
-    assert launches(make_inputs(few, BF16, "cuda")) == 1
-    assert launches(make_inputs(shape_of(16), BF16, "cuda")) == 1
+    assert launches(make_inputs(few, BF16, "cuda"), "bwd_dpair") == 1
+    assert launches(make_inputs(shape_of(16), BF16, "cuda"), "bwd_dpair") == 1
 
 
 @pytest.mark.parametrize(
@@ -75,22 +68,12 @@ def test_lengths(head_dim, queries, keys):
     check(make_inputs(shape_of(head_dim, rows=rows, queries=queries, keys=keys), BF16, "cuda", mask="minus_inf"))
 
 
-def with_masked_maximum(value, head_dim, dtype, seed=0):
-    """Inputs whose largest pair bias is `value`, at a key that every second row drops. The other keys of those rows
-    have logits that far above what is left of the row's reference."""
-    inputs = make_inputs(shape_of(head_dim), dtype, "cuda", mask="minus_inf", seed=seed)
-    with torch.no_grad():
-        inputs.pair_bias[..., 77] = value
-        inputs.mask_bias[:, ::2, ..., 77] = float("-inf")
-        inputs.mask_bias[:, 1::2, ..., 77] = 0.0
-    return inputs
-
-
 @pytest.mark.parametrize("dtype", (BF16, FP16))
 @pytest.mark.parametrize("head_dim", (32, 64))
 @pytest.mark.parametrize("value", (30.0, 60.0, 200.0, 1e4))
 def test_the_largest_of_the_pair_bias_is_masked(value, head_dim, dtype):
-    check_dpair(with_masked_maximum(value, head_dim, dtype))
+    """The other keys of the rows that drop it have logits that far above what is left of the row's reference."""
+    check_dpair(with_masked_maximum(shape_of(head_dim), value, dtype))
 
 
 ROW, QUERY, HEAD, KEY = 3, 40, 1, 77
@@ -126,7 +109,7 @@ def test_a_bias_that_holds_a_logit_down(head_dim, dtype):
 @pytest.mark.parametrize("head_dim", (32, 64))
 @pytest.mark.parametrize("value", (0.0, 200.0))
 def test_twenty_runs_give_the_same_bits(value, head_dim):
-    inputs = with_masked_maximum(value, head_dim, BF16)
+    inputs = with_masked_maximum(shape_of(head_dim), value, BF16)
     first = run_op(inputs, "sm90")
     for _ in range(19):
         again = run_op(inputs, "sm90")
@@ -136,7 +119,7 @@ def test_twenty_runs_give_the_same_bits(value, head_dim):
 
 @pytest.mark.parametrize("head_dim", (32, 64))
 def test_a_cuda_graph_captured_with_lucky_rows_replays_unlucky_ones_and_back(head_dim):
-    lucky, *others = (with_masked_maximum(value, head_dim, BF16) for value in (0.0, 200.0, 0.0))
+    lucky, *others = (with_masked_maximum(shape_of(head_dim), value, BF16) for value in (0.0, 200.0, 0.0))
     expected = [(inputs, run_op(inputs, "sm90")) for inputs in others]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

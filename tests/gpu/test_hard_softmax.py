@@ -20,7 +20,7 @@ from tests.helpers.numerics import (
     run_op,
 )
 
-from .runs import RUNS, RUNS_16_BIT
+from .runs import RUNS, RUNS_16_BIT, with_masked_maximum
 
 pytestmark = pytest.mark.gpu
 
@@ -52,22 +52,12 @@ def test_logits_of_both_signs(logit, implementation, dtype):
         assert torch.isfinite(tensor).all(), name
 
 
-def with_masked_maximum(value, dtype, seed=0):
-    """Inputs whose largest pair bias is `value`, at a key that every second row drops."""
-    inputs = make_inputs(SMALL, dtype, "cuda", mask="minus_inf", seed=seed)
-    with torch.no_grad():
-        inputs.pair_bias[..., 77] = value
-        inputs.mask_bias[:, ::2, ..., 77] = MINUS_INF
-        inputs.mask_bias[:, 1::2, ..., 77] = 0.0
-    return inputs
-
-
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS_16_BIT)
 @pytest.mark.parametrize("value", (60.0, 200.0, 1e4))
 def test_the_largest_of_the_pair_bias_is_masked(value, implementation, dtype):
     """A row's reference is its largest pair bias; here the mask drops that key in some rows and all others lie far
     below it."""
-    inputs = with_masked_maximum(value, dtype)
+    inputs = with_masked_maximum(SMALL, value, dtype)
     # Rows where the key is dropped, against the same rows of a problem without it.
     plain = make_inputs(SMALL, dtype, "cuda", mask="minus_inf")
     with torch.no_grad():
@@ -130,7 +120,7 @@ def op(inputs, implementation, q=None):
 
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
 def test_twenty_runs_of_unlucky_rows_give_the_same_bits(implementation, dtype):
-    inputs = with_masked_maximum(200.0, dtype)
+    inputs = with_masked_maximum(SMALL, 200.0, dtype)
     first = run_op(inputs, implementation)
     for _ in range(19):
         again = run_op(inputs, implementation)
@@ -140,7 +130,7 @@ def test_twenty_runs_of_unlucky_rows_give_the_same_bits(implementation, dtype):
 
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS_16_BIT)
 def test_a_cuda_graph_captured_with_lucky_rows_replays_unlucky_ones(implementation, dtype):
-    inputs, unlucky = make_inputs(SMALL, dtype, "cuda"), with_masked_maximum(200.0, dtype, seed=1)
+    inputs, unlucky = make_inputs(SMALL, dtype, "cuda"), with_masked_maximum(SMALL, 200.0, dtype, seed=1)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -3,14 +3,14 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers.inputs import make_inputs
-from tests.helpers.numerics import check_against_eager, run_op
+from tests.helpers.numerics import check_against_eager
 from tests.helpers.shapes import AttentionShape
 
-IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="kernels for sm_90a alone")]
+from .runs import ON_HOPPER, launches
+
+pytestmark = [pytest.mark.gpu, ON_HOPPER]
 BF16, FP16 = torch.bfloat16, torch.float16
 # A full block; one and two rows missing from the last one, of two blocks and of three; more than three blocks.
 ROWS = (4, 7, 8, 10, 11, 35)
@@ -21,10 +21,7 @@ def shape_of(rows, head_dim, batch=1, queries=200, keys=150, heads=3):
 
 
 def check(inputs):
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run_op(inputs, "sm90")
-        torch.cuda.synchronize()
-    assert any("fwd_two_row" in event.key for event in profiler.key_averages()), "not the kernel that is tested"
+    assert launches(inputs, "fwd_two_row"), "not the kernel that is tested"
     check_against_eager(inputs, "sm90")
 
 

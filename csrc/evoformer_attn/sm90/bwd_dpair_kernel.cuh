@@ -19,14 +19,13 @@ namespace ds4sci {
 struct DpairBlock {
     int q0, key0, head, group, split;
 
-    template <int kPositions>
     static DS4SCI_DEVICE DpairBlock of(const KernelParams& p, uint32_t block) {
         DpairBlock its;
         // Key blocks run fastest, so that blocks that run together share Q and dO in L2.
-        const int num_k_blocks = ceil_div(p.k_len, kPositions), num_q_blocks = ceil_div(p.q_len, kPositions);
-        its.key0 = block % num_k_blocks * kPositions;
+        const int num_k_blocks = ceil_div(p.k_len, kDpairPositions), num_q_blocks = ceil_div(p.q_len, kDpairPositions);
+        its.key0 = block % num_k_blocks * kDpairPositions;
         block /= num_k_blocks;
-        its.q0 = block % num_q_blocks * kPositions;
+        its.q0 = block % num_q_blocks * kDpairPositions;
         block /= num_q_blocks;
         its.head = block % p.heads;
         block /= p.heads;
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
     using Rows = RowTile<kHeadDim>;
     constexpr bool kInRegisters = !kFactored && Tile::kBiasInRegisters;
     const int warp = warp_uniform(static_cast<int>(threadIdx.x / 32)), lane = threadIdx.x % 32;
-    DpairBlock its = DpairBlock::of<Tile::kPositions>(p, blockIdx.x);
+    DpairBlock its = DpairBlock::of(p, blockIdx.x);
     const int first = static_cast<int64_t>(p.rows_per_group) * its.split / p.dpair_splits;
     const int last = static_cast<int64_t>(p.rows_per_group) * (its.split + 1) / p.dpair_splits;
 
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(Sm90BwdDpairTile<kHeadDim>::kThreads, 1)
         }
         // Worked out again: registers keep nothing through the loop that its end alone needs.
         const int block = opaque(blockIdx.x), thread = opaque(threadIdx.x);
-        its = DpairBlock::of<Tile::kPositions>(p, block);
+        its = DpairBlock::of(p, block);
         const auto [its_query, its_key] = DpairLane::of(thread);
         if constexpr (kFactored) {
             bias = DpairBias<T>::of(p, its, Tile::kBiasOffset, thread);

@@ -213,7 +213,7 @@ struct Sm90BwdDkvTile
 // Four warpgroups in turn beat two that overlap the products of one step with the sums of another.
 template <int kHeadDim>
 struct Sm90BwdDpairTile : BlockShape<4> {
-    static constexpr int kPositions = kDpairPositions;
+    static_assert(kDpairPositions == 2 * kTileRows, "two tiles on either side");
     static constexpr int kTileBytes = RowTile<kHeadDim>::kBytes;
     // A stage: Q, dO, K, V, the query and the key side of the auxiliary product; 128 positions each.
     static constexpr int kQueryOffset = 0, kDOOffset = 2 * kTileBytes, kKeyOffset = 4 * kTileBytes,
